@@ -1,0 +1,401 @@
+"""The only door to PostgreSQL: the connection pool and every SQL statement. Only the producer
+imports it, and every function that takes a cursor runs inside the caller's transaction."""
+
+import json
+import logging
+import os
+import random
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg2
+import psycopg2.errors
+import psycopg2.extensions
+
+import broker
+import states
+
+log = logging.getLogger("database")
+
+URL = os.environ.get("DATABASE_URL") or "postgresql://tasks:tasks@127.0.0.1:5432/tasks"
+CONNECTIONS = 16  # for HTTP; the dispatcher and the housekeeper have one more each
+CONNECTION_WAIT_SECONDS = 2  # for a free one, then 503
+REPEAT_SECONDS = 5  # a transaction that failed later than this is not tried again
+REPLY_SECONDS = 15  # longer than statement_timeout: only a frozen server is silent for so long
+# The planner must not choose by stale statistics: a queue's table is empty now and full soon.
+SERVER_OPTIONS = (
+    "-c timezone=UTC -c client_encoding=UTF8 -c lock_timeout=2000 -c statement_timeout=10000"
+    " -c idle_in_transaction_session_timeout=60000"
+    " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
+)
+HOUSEKEEPING_ROWS = 5000
+SWEEP_PAGES = 128
+GROUP_BYTES = 4 * 1024 * 1024
+SCHEMA = Path(__file__).with_name("schema.sql")
+SCHEMA_LOCK = 0x7461736B  # "task"; two producers that start together would collide in CREATE
+
+TASK_COLUMNS = "id, text, status, attempt, result, error, run_at, created_at, sent_at, finished_at"
+
+INSERT_TASKS = f"""
+INSERT INTO tasks (id, text, run_at, held)
+SELECT id, text, run_at, coalesce(run_at > now(), false)
+FROM unnest(%(ids)s::uuid[], %(texts)s::text[], %(run_ats)s::timestamptz[])
+    AS new (id, text, run_at)
+ORDER BY id
+ON CONFLICT (id) DO NOTHING
+RETURNING {TASK_COLUMNS}
+"""
+
+SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
+
+# Locked by id alone and in id order. A report can come before the dispatcher's COMMIT: a condition
+# on attempt or status would be tested against the old snapshot and miss the row, and locking in
+# arrival order would deadlock two groups.
+LOCK_TASKS = """
+SELECT id, status, attempt, failures, starts, start_token, held,
+    extract(epoch FROM clock_timestamp() - sent_at)::float8
+FROM tasks
+WHERE id = ANY(%(ids)s::uuid[])
+ORDER BY id
+FOR UPDATE
+"""
+
+UPDATE_TASKS = """
+UPDATE tasks
+SET status = new.status,
+    attempt = new.attempt,
+    failures = new.failures,
+    starts = new.starts,
+    start_token = new.start_token,
+    held = new.held,
+    result = CASE WHEN new.status = 'success' THEN new.result END,
+    error = CASE WHEN new.status <> 'success' THEN coalesce(new.error, tasks.error) END,
+    run_at = coalesce(now() + make_interval(secs => new.delay), tasks.run_at),
+    sent_at = CASE
+        WHEN new.status = 'pending' THEN NULL
+        WHEN new.touched THEN now()
+        ELSE tasks.sent_at
+    END,
+    finished_at = CASE WHEN new.status IN ('success', 'error') THEN now() END
+FROM json_to_recordset(%(rows)s) AS new (
+    id uuid, status task_status, attempt int, failures int, starts int, start_token text,
+    held bool, result text, error text, delay float8, touched bool
+)
+WHERE tasks.id = new.id
+"""
+
+# Rows locked elsewhere are skipped, so that several dispatchers share the work and none waits.
+# The window sum bounds a batch by bytes too: a task may hold a megabyte.
+CLAIM_TASKS = """
+WITH candidate AS MATERIALIZED (
+    SELECT id, pick, octet_length(text) AS bytes
+    FROM tasks
+    WHERE status = 'pending' AND NOT held AND pick >= %(low)s AND pick < %(high)s
+    ORDER BY pick
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+), measured AS (
+    SELECT id, sum(bytes) OVER (ORDER BY pick, id) - bytes AS bytes_before FROM candidate
+)
+UPDATE tasks
+SET status = 'sent', sent_at = now()
+FROM measured
+WHERE tasks.id = measured.id AND bytes_before < %(bytes)s
+RETURNING tasks.id, tasks.text, tasks.attempt
+"""
+
+RELEASE_DUE_TASKS = """
+UPDATE tasks
+SET held = false
+WHERE id = ANY(ARRAY(
+    SELECT id FROM tasks
+    WHERE held AND run_at <= now()
+    ORDER BY run_at
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+"""
+
+# The same attempt again: neither a failure nor a new run if a copy turns up after all.
+RESCUE_LOST_TASKS = """
+UPDATE tasks
+SET status = 'pending', sent_at = NULL
+WHERE id = ANY(ARRAY(
+    SELECT id FROM tasks
+    WHERE status = 'sent' AND sent_at < now() - make_interval(secs => %(seconds)s)
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+"""
+
+COUNT_PAGES = "SELECT pg_relation_size('tasks') / current_setting('block_size')::int"
+
+# By page, as no index on finished_at is worth its upkeep for a sweep that is never in a hurry.
+DELETE_FINISHED_TASKS = """
+DELETE FROM tasks
+WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM tasks
+    WHERE ctid >= %(first)s::tid AND ctid < %(end)s::tid
+        AND status IN ('success', 'error')
+        AND finished_at < now() - make_interval(days => %(days)s)
+    FOR UPDATE SKIP LOCKED
+))
+"""
+
+UNAVAILABLE = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError)
+
+
+class NewTask(NamedTuple):
+    """A task to insert; run_at in the future holds it back."""
+
+    id: str
+    text: str
+    run_at: datetime | None
+
+
+class Unavailable(Exception):
+    """The database cannot do it now; nothing was changed, or nobody can know yet."""
+
+
+def wait_for_reply(connection: psycopg2.extensions.connection) -> None:
+    """Wait until the server has answered, at most REPLY_SECONDS: TCP time-outs do not fire for a
+    frozen server whose kernel still acknowledges. psycopg2 closes the connection if this raises."""
+    poller = select.poll()
+    deadline = time.monotonic() + REPLY_SECONDS
+    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
+        reading = state == psycopg2.extensions.POLL_READ
+        poller.register(connection.fileno(), select.POLLIN if reading else select.POLLOUT)
+        if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
+            raise psycopg2.OperationalError(f"no reply in {REPLY_SECONDS} seconds")
+
+
+def connect() -> psycopg2.extensions.connection:
+    """Open a connection; the URL's own options and several hosts are honoured."""
+    psycopg2.extensions.set_wait_callback(wait_for_reply)
+    options = psycopg2.extensions.parse_dsn(URL).get("options", "")
+    return psycopg2.connect(
+        URL,
+        application_name="tasks-producer",
+        options=f"{SERVER_OPTIONS} {options}",
+        keepalives_idle=30,
+        keepalives_interval=10,
+        keepalives_count=3,
+        tcp_user_timeout=30_000,
+    )
+
+
+class Pool:
+    """Connections kept between requests; a caller waits for a free one, but not for ever."""
+
+    def __init__(self, size: int = CONNECTIONS) -> None:
+        self.places = threading.BoundedSemaphore(size)
+        self.idle: list[psycopg2.extensions.connection] = []
+
+    def transaction(self, work: Callable[[Any], Any], repeatable: bool = True) -> Any:
+        """Return work(cursor), committed. Raise Unavailable if the database cannot do it now.
+
+        A kept connection may have died unnoticed and a deadlock's victim has done nothing wrong, so
+        it is tried again; after a COMMIT of unknown outcome only if the work is repeatable.
+        """
+        if not self.places.acquire(timeout=CONNECTION_WAIT_SECONDS):
+            raise Unavailable("all database connections are busy")
+        try:
+            deadline = time.monotonic() + REPEAT_SECONDS
+            while True:
+                connection, committing = None, False
+                try:
+                    connection = self.idle.pop() if self.idle else connect()
+                    with connection.cursor() as cursor:
+                        result = work(cursor)
+                    committing = True
+                    connection.commit()
+                    self.idle.append(connection)
+                    return result
+                except UNAVAILABLE as error:
+                    self.discard(connection, error)
+                    deadlock = isinstance(error, psycopg2.errors.DeadlockDetected)
+                    lost = connection is not None and (repeatable or not committing)
+                    if time.monotonic() > deadline or not (deadlock or lost):
+                        raise Unavailable(str(error).strip()) from error
+        finally:
+            self.places.release()
+
+    def discard(self, connection: psycopg2.extensions.connection | None, error: Exception) -> None:
+        """Close a connection after an error, and the idle ones if they may be as dead as it is."""
+        if connection is None:
+            return
+        log.debug("connection discarded: %s", error)
+        if connection.closed or isinstance(error, psycopg2.errors.ReadOnlySqlTransaction):
+            while self.idle:
+                self.idle.pop().close()
+        connection.close()
+
+
+def apply_schema(cursor: Any) -> None:
+    """Make what of the schema is not there yet."""
+    cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
+    cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
+    cursor.execute(SCHEMA.read_text("utf-8"))
+
+
+def as_task(row: tuple) -> dict[str, Any]:
+    """Return a row of TASK_COLUMNS as the JSON object of the API."""
+    task_id, text, status, attempt, result, error, *times = row
+    run_at, created_at, sent_at, finished_at = map(as_iso, times)
+    return {
+        "taskId": task_id,
+        "text": text,
+        "taskStatus": status,
+        "attempt": attempt,
+        "result": result,
+        "error": error,
+        "runAt": run_at,
+        "createdAt": created_at,
+        "sentAt": sent_at,
+        "finishedAt": finished_at,
+    }
+
+
+def as_iso(time_: datetime | None) -> str | None:
+    """Return a time as ISO 8601 in UTC."""
+    return time_ and time_.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def select_tasks(cursor: Any, ids: list[str]) -> dict[str, dict]:
+    """Return the tasks of these ids that exist, by id."""
+    cursor.execute(SELECT_TASKS, {"ids": ids})
+    return {row[0]: as_task(row) for row in cursor}
+
+
+def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict]:
+    """Insert what is not there yet; return all of them by id, the older ones as they are."""
+    columns = dict(zip(("ids", "texts", "run_ats"), map(list, zip(*new, strict=True)), strict=True))
+    cursor.execute(INSERT_TASKS, columns)
+    tasks = {row[0]: as_task(row) for row in cursor}
+    missing = [id for id in columns["ids"] if id not in tasks]
+    if missing:  # a statement of its own: the first one's snapshot may be older than the rival row
+        tasks |= select_tasks(cursor, missing)
+    return tasks
+
+
+def apply_reports(cursor: Any, reports: list[states.Report]) -> list[states.Refusal | None]:
+    """Lock the rows, judge every report in order, write what changed; return the verdicts."""
+    cursor.execute(LOCK_TASKS, {"ids": list({report.id for report in reports})})
+    rows = {row[0]: states.Row(*row) for row in cursor}
+    verdicts = []
+    for report in reports:
+        row = rows.get(report.id)
+        unknown = states.Refusal(404, f"no task has the id {report.id}")
+        verdicts.append(states.judge(row, report) if row else unknown)
+    changed = [asdict(row) for row in rows.values() if row.changed]
+    if changed:
+        cursor.execute(UPDATE_TASKS, {"rows": json.dumps(changed)})
+    return verdicts
+
+
+def claim_tasks(cursor: Any, limit: int, size: int) -> list[tuple[str, str, int]]:
+    """Mark random pending tasks as sent, at most limit and about size bytes; return id, text and
+    attempt of each."""
+    pivot = random.random()
+    claimed: list[tuple[str, str, int]] = []
+    for low, high in ((pivot, 1), (0, pivot)):
+        if len(claimed) < limit:
+            bounds = {"low": low, "high": high, "limit": limit - len(claimed), "bytes": size}
+            cursor.execute(CLAIM_TASKS, bounds)
+            claimed += cursor.fetchall()
+    return claimed
+
+
+def release_due(cursor: Any) -> int:
+    """Let held tasks whose time has come be picked; return how many."""
+    cursor.execute(RELEASE_DUE_TASKS, {"limit": HOUSEKEEPING_ROWS})
+    return cursor.rowcount
+
+
+def rescue_lost(cursor: Any) -> int:
+    """Return to pending what was sent and not touched for the whole time-out; return how many."""
+    seconds = broker.SENT_TIMEOUT_SECONDS
+    cursor.execute(RESCUE_LOST_TASKS, {"limit": HOUSEKEEPING_ROWS, "seconds": seconds})
+    return cursor.rowcount
+
+
+def sweep(cursor: Any, page: int, days: int) -> int:
+    """Delete finished tasks older than days in the pages from page on; return the next page."""
+    bounds = {"first": f"({page},0)", "end": f"({page + SWEEP_PAGES},0)", "days": days}
+    cursor.execute(DELETE_FINISHED_TASKS, bounds)
+    cursor.execute(COUNT_PAGES)
+    return page + SWEEP_PAGES if page + SWEEP_PAGES < cursor.fetchone()[0] else 0
+
+
+class Waiter:
+    """A create under way; its gate is a lock held until somebody opens it."""
+
+    __slots__ = ("gate", "new", "outcome")
+
+    def __init__(self, new: NewTask) -> None:
+        self.new = new
+        self.gate = threading.Lock()
+        self.gate.acquire()
+        self.outcome: dict[str, Any] | Exception | None = None
+
+
+class GroupCommit:
+    """Creates that arrive together become one INSERT and one COMMIT: one flush to disk for all.
+
+    The first caller writes at once; who comes meanwhile waits, and one of them writes for the rest.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.lock = threading.Lock()
+        self.waiting: list[Waiter] = []
+        self.writing = False
+
+    def insert(self, new: NewTask) -> dict[str, Any]:
+        """Return the task, committed; the existing one if its id is taken."""
+        waiter = Waiter(new)
+        with self.lock:
+            self.waiting.append(waiter)
+            leads, self.writing = not self.writing, True
+        if not leads:
+            waiter.gate.acquire()  # opened with an outcome, or without one to take over the lead
+        if waiter.outcome is None:
+            self.write()
+        if isinstance(waiter.outcome, Exception):
+            raise waiter.outcome
+        return waiter.outcome
+
+    def write(self) -> None:
+        """Write what waits now, then hand the lead to the first of those that came meanwhile."""
+        with self.lock:
+            group = self.waiting[: fitting(self.waiting)]
+            self.waiting = self.waiting[len(group) :]
+        try:
+            new = [waiter.new for waiter in group]
+            tasks = self.pool.transaction(lambda cursor: insert_tasks(cursor, new))
+            for waiter in group:
+                waiter.outcome = tasks[waiter.new.id]
+        except Exception as error:  # every waiter raises it in its own thread
+            for waiter in group:
+                waiter.outcome = error
+        with self.lock:
+            self.writing = bool(self.waiting)
+            leader = self.waiting[:1]
+        for waiter in (*leader, *group):
+            waiter.gate.release()
+
+
+def fitting(waiting: list[Waiter]) -> int:
+    """Return how many of the waiting fit one group by bytes, at least one."""
+    size = 0
+    for count, waiter in enumerate(waiting):
+        size += len(waiter.new.text)
+        if size > GROUP_BYTES:
+            return max(count, 1)
+    return len(waiting)

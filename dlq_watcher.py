@@ -1,0 +1,175 @@
+"""The watcher of the dead letters: takes what has arrived in the dead-letter queue, reports it to
+the producer as errors in one PUT, then acks. A thread of every consumer, and a script of its own.
+
+Run it with `python dlq_watcher.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
+
+import json
+import logging
+import threading
+import time
+from typing import Any
+
+import pika
+import requests
+from pika.adapters.blocking_connection import BlockingChannel
+
+import broker
+
+log = logging.getLogger("dlq_watcher")
+
+PRODUCER_URL = broker.setting("PRODUCER_URL", "http://127.0.0.1:8080").rstrip("/")
+API_TOKEN = broker.setting("API_TOKEN", "")
+REPORT_URL = f"{PRODUCER_URL}/api/v1/update-task-status"
+
+# These pass by themselves or when an operator has mended something: nothing is lost by waiting.
+TEMPORARY_STATUSES = {401, 403, 408, 429}
+CONNECT_SECONDS = 3
+REPLY_SECONDS = 30  # longer than the producer may take, or the same report goes out twice
+PREFETCH = 500
+LOGGED_BYTES = 80
+
+
+class Unavailable(Exception):
+    """The producer cannot take reports now; the same PUT may be repeated."""
+
+
+def open_session() -> requests.Session:
+    """Return a session for reports; environment proxies do not apply to the producer."""
+    session = requests.Session()
+    session.trust_env = False
+    session.headers["Content-Type"] = "application/json"
+    if API_TOKEN:
+        session.headers["Authorization"] = f"Bearer {API_TOKEN}"
+    return session
+
+
+def put_reports(session: requests.Session, reports: list[dict]) -> dict[int, str]:
+    """PUT reports as one array; return why some were refused, by index. Raise Unavailable.
+
+    A refused array is split until the refused element stands alone, so that one bad report holds
+    up no other; its refusal is final.
+    """
+    body = json.dumps(reports).encode()
+    try:
+        response = session.put(REPORT_URL, body, timeout=(CONNECT_SECONDS, REPLY_SECONDS))
+        if response.status_code == 200:
+            return {each["index"]: each["reason"] for each in response.json()["rejected"]}
+    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+        raise Unavailable(f"{REPORT_URL}: {error}") from error
+    status, reason = response.status_code, response.text[:200]
+    if status >= 500 or status < 400 or status in TEMPORARY_STATUSES:
+        raise Unavailable(f"{REPORT_URL} answered {status}: {reason}")
+    if len(reports) == 1:
+        return {0: f"{status}: {reason}"}
+    half = len(reports) // 2
+    first, second = put_reports(session, reports[:half]), put_reports(session, reports[half:])
+    return first | {half + index: why for index, why in second.items()}
+
+
+class Backoff:
+    """The pauses between the tries of one report; says once that the producer is away."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+
+    def failed(self, error: Unavailable) -> float:
+        """Return the seconds to wait before the next try."""
+        delay = min(broker.FIRST_DELAY_SECONDS * 2**self.tries, broker.LAST_DELAY_SECONDS)
+        level = logging.DEBUG if self.tries else logging.WARNING
+        log.log(level, "report held back, next try in %.1f s: %s", delay, error)
+        self.tries = min(self.tries + 1, 10)
+        return delay
+
+    def succeeded(self) -> None:
+        """Say that the producer is back, if it was away."""
+        if self.tries:
+            log.info("producer takes reports again")
+        self.tries = 0
+
+
+def parse_dead_letter(properties: pika.BasicProperties, body: bytes) -> dict[str, Any] | None:
+    """Return the report that a dead letter stands for; None if it names no task of ours."""
+    try:
+        message = json.loads(body)
+        task_id, attempt = message["id"], message["attempt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(task_id, str) or type(attempt) is not int:
+        return None
+    deaths = (properties.headers or {}).get("x-death") or [{}]
+    report = {"taskId": task_id, "attempt": attempt, "taskStatus": "error"}
+    return report | {"reason": str(deaths[0].get("reason", "rejected"))}
+
+
+class Watcher:
+    """Drains the dead-letter queue, over one broker connection and one HTTP session."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+        self.session = open_session()
+        self.letters: list[tuple[int, dict | None]] = []
+        self.cancelled = False
+
+    def run(self) -> None:
+        """Watch until stop is set, through every outage of broker and producer."""
+        broker.keep_connected(broker.host_name("dlq_watcher"), self.stop, self.watch)
+
+    def watch(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
+        """Report and ack what arrives over one connection; raise when the broker takes it away."""
+        self.letters, self.cancelled = [], False
+        channel.add_on_cancel_callback(self.on_cancel)
+        channel.basic_qos(prefetch_count=PREFETCH)
+        channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter)
+        backoff = Backoff()
+        while not self.stop.is_set():
+            connection.process_data_events(0 if self.letters else broker.TURN_SECONDS)
+            broker.check(channel, self.cancelled)
+            if not self.letters:
+                continue
+            try:
+                count = self.report()
+                backoff.succeeded()
+                channel.basic_ack(self.letters[count - 1][0], multiple=True)
+                del self.letters[:count]
+            except Unavailable as error:
+                self.pause(connection, backoff.failed(error))
+
+    def report(self) -> int:
+        """PUT what has arrived as one group; return how many letters are done with."""
+        letters = self.letters[:]
+        reports = [report for _, report in letters if report is not None]
+        if reports:
+            for index, reason in put_reports(self.session, reports).items():
+                log.info("dead letter of %s is void: %s", reports[index]["taskId"], reason)
+            log.info("reported %d dead letters", len(reports))
+        return len(letters)
+
+    def pause(self, connection: pika.BlockingConnection, seconds: float) -> None:
+        """Wait while the connection keeps its heartbeat."""
+        deadline = time.monotonic() + seconds
+        while not self.stop.is_set() and (left := deadline - time.monotonic()) > 0:
+            connection.process_data_events(min(left, broker.TURN_SECONDS))
+
+    def on_letter(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        """Take a delivery; it is acked when its report is accepted, or there is none to make."""
+        report = parse_dead_letter(properties, body)
+        if report is None:
+            log.warning("dropped a dead letter without a task: %r", body[:LOGGED_BYTES])
+        self.letters.append((method.delivery_tag, report))
+
+    def on_cancel(self, _: Any) -> None:
+        """Note that the broker has ended the subscription: the queue is gone."""
+        self.cancelled = True
+
+
+def main() -> None:
+    """Watch until SIGTERM or SIGINT."""
+    broker.start_logging()
+    stop = threading.Event()
+    broker.stop_on_signals(stop)
+    Watcher(stop).run()
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    main()
