@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# Starts the whole task service with one command, or runs its tests.
+#
+#   sudo bash run.sh                 with Docker if an engine answers, else natively
+#   sudo bash run.sh --docker        five containers: rabbit, postgres, producer, two consumers
+#   sudo bash run.sh --native        private servers in .run, in the foreground until Ctrl-C
+#   sudo bash run.sh down            stop whichever runs; the data stays
+#   sudo bash run.sh test [ARGS]     everything the tests need, then pytest ARGS
+#   sudo bash run.sh bench [ARGS]    the same, then the benchmark
+#
+# PROJECT_ABSOLUTE_PATH is this folder unless set; HTTP_PORT is 8080 unless set, here or in .env.
+set -euo pipefail
+
+PROJECT_ABSOLUTE_PATH=${PROJECT_ABSOLUTE_PATH:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
+export PROJECT_ABSOLUTE_PATH
+
+fail() {
+  printf 'run.sh: %s\n' "$*" >&2
+  exit 2
+}
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+}
+
+# The password file of Compose and native.py. Root made it for the user who called sudo.
+make_env() {
+  [ -f .env ] && return
+  local password
+  (
+    umask 077
+    for name in POSTGRES_PASSWORD RABBITMQ_PASSWORD; do
+      password=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+      printf '%s=%s\n' "$name" "$password"
+    done >.env.new
+    mv .env.new .env
+  )
+  own .env
+}
+
+own() {
+  if [ -n "${SUDO_UID:-}" ]; then chown "$SUDO_UID:${SUDO_GID:-$SUDO_UID}" "$@"; fi
+}
+
+http_port() {
+  local port=${HTTP_PORT:-}
+  if [ -z "$port" ] && [ -f .env ]; then port=$(sed -n 's/^HTTP_PORT=//p' .env | tail -n 1); fi
+  port=${port:-8080}
+  [[ $port =~ ^[0-9]+$ ]] || fail "HTTP_PORT=$port is not valid: expected a port number"
+  echo "$port"
+}
+
+has_docker() {
+  command -v docker >/dev/null && docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
+}
+
+compose() {
+  docker compose --project-directory "$PROJECT_ABSOLUTE_PATH" "$@"
+}
+
+up_docker() {
+  has_docker || fail 'expected a Docker engine with Compose v2; without one use run.sh --native'
+  local port address
+  port=$(http_port)
+  export HTTP_PORT=$port
+  if [ -z "$(compose ps --quiet producer 2>/dev/null)" ] && (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    fail "port $port is taken: set HTTP_PORT to a free one"
+  fi
+  compose up --build --detach --wait
+  address=http://127.0.0.1:$port
+  cat <<TEXT
+
+The task service runs at $address.
+
+  curl -X POST $address/api/v1/create-task -d '{"text": "any text"}'
+  curl '$address/api/v1/get-task-data?taskId=<the taskId of the answer>'
+
+Stop it with: sudo bash run.sh down
+TEXT
+}
+
+# An interpreter with venv; a shim on the PATH may point to one that is not there.
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 /usr/bin/python3; do
+    if [ -n "$candidate" ] && "$candidate" -c '
+import ensurepip, sys, venv
+sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# Packages must not start servers of their own: policy-rc.d forbids it, create_main_cluster too.
+install_packages() {
+  [ $# -eq 0 ] && return
+  [ "$(id -u)" = 0 ] || fail "expected root to install $*: use sudo bash run.sh"
+  command -v apt-get >/dev/null || fail "expected $* to be installed: only apt is known here"
+  local policy=/usr/sbin/policy-rc.d clusters=/etc/postgresql-common/createcluster.conf
+  if [ ! -e "$policy" ]; then
+    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+  fi
+  if [ ! -e "$clusters" ]; then
+    mkdir -p "${clusters%/*}"
+    printf 'create_main_cluster = false\n' >"$clusters"
+  fi
+  printf 'installing %s\n' "$*" >&2
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq >&2
+  apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@" >&2
+  rm -f "$policy"
+  trap - EXIT
+}
+
+prepare_native() {
+  local missing=() python marker
+  compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
+  compgen -G '/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin' >/dev/null || missing+=(rabbitmq-server)
+  find_python >/dev/null || missing+=(python3 python3-venv)
+  install_packages "${missing[@]}"
+  python=$(find_python) || fail 'expected Python 3.11 or newer with venv'
+  mkdir -p .run
+  own .run
+  marker=.run/venv/$(cat "$@" | cksum | tr ' ' -)
+  if [ ! -e "$marker" ]; then
+    rm -rf .run/venv
+    "$python" -m venv .run/venv
+    .run/venv/bin/pip install --quiet --disable-pip-version-check "${@/#/-r}" >&2
+    touch "$marker"
+  fi
+}
+
+up_native() {
+  prepare_native requirements.txt
+  exec .run/venv/bin/python native.py
+}
+
+down() {
+  if has_docker && [ -f .env ]; then compose down; fi
+  if [ -x .run/venv/bin/python ]; then exec .run/venv/bin/python native.py down; fi
+}
+
+main() {
+  cd "$PROJECT_ABSOLUTE_PATH" 2>/dev/null || fail "PROJECT_ABSOLUTE_PATH=$PROJECT_ABSOLUTE_PATH: no such folder"
+  [ -f producer.py ] || fail "PROJECT_ABSOLUTE_PATH=$PROJECT_ABSOLUTE_PATH: expected producer.py there"
+  local command=${1:-}
+  case "$command" in
+    '' | --docker | --native)
+      [ $# -le 1 ] || fail "unexpected ${*:2}"
+      make_env
+      if [ "$command" = --docker ] || { [ -z "$command" ] && has_docker; }; then up_docker; else up_native; fi
+      ;;
+    down) down ;;
+    test)
+      prepare_native requirements.txt requirements-test.txt
+      exec .run/venv/bin/python -m pytest "${@:2}"
+      ;;
+    bench)
+      prepare_native requirements.txt requirements-test.txt
+      exec .run/venv/bin/python tests/benchmark.py "${@:2}"
+      ;;
+    -h | --help) usage ;;
+    *)
+      usage >&2
+      fail "unknown command $command"
+      ;;
+  esac
+}
+
+main "$@"

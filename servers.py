@@ -1,0 +1,311 @@
+"""Private PostgreSQL and RabbitMQ instances from the distribution's packages, and the project's own
+scripts, as child processes in a folder and on loopback ports: for native.py, tests, benchmark."""
+
+import contextlib
+import glob
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+HERE = pathlib.Path(__file__).resolve().parent
+START_SECONDS = 90
+STOP_SECONDS = 60
+AMQP_HEADER = b"AMQP\0\0\x09\x01"
+POSTGRES_SETTINGS = {"shared_buffers": "128MB", "max_connections": "100"}
+# The broker of Debian 12 knows no x-consumer-timeout; a task may run for hours all the same.
+RABBIT_CONFIG = "consumer_timeout = 2000000000\nlog.file.level = warning\n"
+
+
+class Missing(Exception):
+    """Something this needs is not there; the text says what to install or free."""
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    """Tell whether a loopback port can be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+class Process:
+    """A child in a session of its own: signals reach all of it, and Ctrl-C only its parent."""
+
+    stop_signal = signal.SIGTERM
+
+    def __init__(self, log: pathlib.Path) -> None:
+        self.log = log
+        self.child: subprocess.Popen | None = None
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        assert self.child is not None
+        return self.child.pid
+
+    def spawn(self, command: list[str], env: dict[str, str], cwd: pathlib.Path = HERE) -> None:
+        """Start a command with its output appended to the log."""
+        with self.log.open("ab") as log:
+            self.child = subprocess.Popen(
+                command,
+                env=env,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until(self, is_ready: Callable[[], bool]) -> None:
+        """Wait for a server to answer; raise with the end of its log if it does not."""
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            if self.poll() is not None or time.monotonic() > deadline:
+                tail = self.log.read_text("utf-8", "replace")[-2000:]
+                raise RuntimeError(f"{type(self).__name__} did not start: {self.log}:\n{tail}")
+            time.sleep(0.05)
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        return self.child.poll() if self.child else 0
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the child and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def stop(self, timeout: float = STOP_SECONDS) -> int:
+        """Ask the child to end, SIGKILL it after the time-out; return its exit code."""
+        if self.child is None or self.child.poll() is not None:
+            return self.poll() or 0
+        self.child.send_signal(self.stop_signal)
+        try:
+            return self.child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return self.kill()
+
+    def kill(self) -> int:
+        """SIGKILL the child and all that it started, and reap it; return its exit code."""
+        if self.child is None:
+            return 0
+        self.signal(signal.SIGKILL)
+        return self.child.wait()
+
+
+class Postgres(Process):
+    """A PostgreSQL cluster in a folder, on a loopback port, with the database `tasks`."""
+
+    stop_signal = signal.SIGINT  # fast shutdown: does not wait for clients to leave
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        port: int | None = None,
+        password: str = "tasks",
+        settings: dict[str, str] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder / "postgres.log")
+        self.folder = folder
+        self.data = folder / "data"
+        self.port = port or free_port()
+        self.password = password
+        self.settings = POSTGRES_SETTINGS | (settings or {})
+        self.bin = postgres_bin()
+        self.url = f"postgresql://tasks:{password}@127.0.0.1:{self.port}/tasks"
+
+    def start(self) -> None:
+        """Start the server, in a new cluster if there is none, and wait until it answers."""
+        if not (self.data / "PG_VERSION").exists():
+            self.make_cluster()
+        settings = self.settings | {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+        }
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        self.spawn([*self.user(), f"{self.bin}/postgres", "-D", str(self.data), *options], env={})
+        probe = [f"{self.bin}/pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        self.wait_until(lambda: subprocess.run(probe).returncode == 0)
+
+    def make_cluster(self) -> None:
+        """Make the cluster with one role and one database, both called tasks."""
+        shutil.rmtree(self.data, ignore_errors=True)  # of an initdb that was interrupted
+        self.data.mkdir(mode=0o700)
+        password = self.folder / "password"
+        password.write_text(self.password)
+        if os.geteuid() == 0:
+            for path in (self.data, password):
+                shutil.chown(path, "postgres", "postgres")
+        initdb = f"{self.bin}/initdb --no-sync -E UTF8 --locale=C.UTF-8 -U tasks -A scram-sha-256"
+        self.run([*initdb.split(), f"--pwfile={password}", "-D", str(self.data)])
+        password.unlink()
+        single = [f"{self.bin}/postgres", "--single", "-D", str(self.data), "postgres"]
+        self.run(single, "CREATE DATABASE tasks;\n")
+
+    def run(self, command: list[str], text: str = "") -> None:
+        """Run one of PostgreSQL's programs to its end, its output in the log."""
+        with self.log.open("ab") as log:
+            subprocess.run(
+                [*self.user(), *command],
+                input=text.encode(),
+                stdout=log,
+                stderr=log,
+                cwd=self.data,
+                check=True,
+            )
+
+    def user(self) -> list[str]:
+        """Return the words that run a command as `postgres`: the server refuses to be root.
+
+        Below a folder that this user cannot enter, such as /root, it is given the one capability
+        that lets it.
+        """
+        if os.geteuid() != 0:
+            return []
+        words = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        if subprocess.run([*words, "test", "-x", str(self.folder)], cwd="/").returncode != 0:
+            words += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+        return words
+
+
+class Rabbit(Process):
+    """A RabbitMQ node in a folder, on a loopback port, with an Erlang name server of its own."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        port: int | None = None,
+        password: str = "tasks",
+        config: str = "",
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder / "rabbit.log")
+        self.folder = folder
+        self.port = port or free_port()
+        self.epmd: subprocess.Popen | None = None
+        self.sbin = rabbit_sbin()
+        self.url = f"amqp://tasks:{password}@127.0.0.1:{self.port}/%2F"
+        user = f"default_user = tasks\ndefault_pass = {password}\n"
+        listen = f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+        (folder / "rabbitmq.conf").write_text(listen + user + RABBIT_CONFIG + config)
+        (folder / "enabled_plugins").write_text("[].\n")
+        self.env = {
+            "HOME": str(folder),
+            "PATH": f"{self.sbin}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_PORT": str(free_port()),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": "tasks@localhost",
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+            "RABBITMQ_CONF_ENV_FILE": str(folder / "rabbitmq-env.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(folder),
+            "RABBITMQ_PID_FILE": str(folder / "rabbit.pid"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        }
+
+    def start(self) -> None:
+        """Start the name server and the node, and wait until it speaks AMQP."""
+        self.end_epmd()
+        epmd = [find_epmd(), "-port", self.env["ERL_EPMD_PORT"], "-address", "127.0.0.1"]
+        self.epmd = subprocess.Popen(
+            epmd, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self.spawn([f"{self.sbin}/rabbitmq-server"], self.env, self.folder)
+        self.wait_until(self.speaks_amqp)
+
+    def speaks_amqp(self) -> bool:
+        """Tell whether the node answers the protocol header with its Connection.Start."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as client:
+                client.settimeout(1)
+                client.sendall(AMQP_HEADER)
+                return client.recv(1) == b"\x01"
+        except OSError:
+            return False
+
+    def ctl(self, *arguments: str) -> str:
+        """Run rabbitmqctl on this node and return what it printed; it takes a second or two."""
+        command = [f"{self.sbin}/rabbitmqctl", "-q", *arguments]
+        return subprocess.run(
+            command, env=self.env, cwd=self.folder, check=True, capture_output=True, text=True
+        ).stdout
+
+    def stop(self, timeout: float = STOP_SECONDS) -> int:
+        """Stop the node, what it leaves behind, and its name server."""
+        code = super().stop(timeout)
+        self.kill()
+        return code
+
+    def kill(self) -> int:
+        """SIGKILL the node and its name server."""
+        code = super().kill()
+        self.end_epmd()
+        return code
+
+    def end_epmd(self) -> None:
+        """End the name server and reap it."""
+        if self.epmd is not None:
+            self.epmd.kill()
+            self.epmd.wait()
+            self.epmd = None
+
+
+class Service(Process):
+    """One of the project's scripts as a child."""
+
+    def __init__(self, script: str, env: dict[str, str], log: pathlib.Path) -> None:
+        super().__init__(log)
+        self.script = script
+        self.env = env
+
+    def start(self) -> None:
+        """Start the script; it may need a moment until it answers."""
+        env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
+        self.spawn([sys.executable, str(HERE / self.script)], env)
+
+
+def postgres_bin() -> str:
+    """Return the folder of the newest PostgreSQL server programs."""
+    folders = glob.glob("/usr/lib/postgresql/*/bin/postgres")
+    newest = max(
+        folders, key=lambda path: int(path.split("/")[4]), default=shutil.which("postgres")
+    )
+    if newest is None or shutil.which("initdb", path=os.path.dirname(newest)) is None:
+        raise Missing("PostgreSQL is not installed: expected the package postgresql")
+    return os.path.dirname(newest)
+
+
+def rabbit_sbin() -> str:
+    """Return the folder of RabbitMQ's own scripts; the wrappers on the PATH switch users."""
+    folders = sorted(glob.glob("/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin"))
+    if not folders:
+        raise Missing("RabbitMQ is not installed: expected the package rabbitmq-server")
+    return folders[-1]
+
+
+def find_epmd() -> str:
+    """Return Erlang's name server program."""
+    found = shutil.which("epmd") or next(iter(glob.glob("/usr/lib/erlang/erts-*/bin/epmd")), None)
+    if found is None:
+        raise Missing("Erlang's epmd is not installed: expected the package erlang-base")
+    return found
