@@ -17,7 +17,15 @@ import broker
 
 log = logging.getLogger("dlq_watcher")
 
-PRODUCER_URL = broker.setting("PRODUCER_URL", "http://127.0.0.1:8080").rstrip("/")
+
+def http_url(value: str) -> str:
+    """Check an address of HTTP."""
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("expected http://host:port")
+    return value.rstrip("/")
+
+
+PRODUCER_URL = broker.setting("PRODUCER_URL", "http://127.0.0.1:8080", http_url)
 API_TOKEN = broker.setting("API_TOKEN", "")
 REPORT_URL = f"{PRODUCER_URL}/api/v1/update-task-status"
 

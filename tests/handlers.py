@@ -1,0 +1,35 @@
+"""Handlers that the tests give to consumers as HANDLER=handlers:NAME. Each run is a line in RUNS."""
+
+import os
+import pathlib
+import time
+
+
+def note(text: str) -> str | None:
+    """Note the run, then do as the text says: sleep, fail, die, answer, or nothing."""
+    with pathlib.Path(os.environ["RUNS"]).open("a") as runs:
+        runs.write(f"{text}\n")
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if name == "sleep":
+            time.sleep(float(value))
+        elif name == "fail":
+            raise ValueError(f"told to fail: {text}")
+        elif name == "die":
+            os._exit(9)
+        elif name == "exit":
+            raise SystemExit(3)
+        elif name == "bytes":
+            return "x" * int(value)
+        elif name == "nul":
+            return "a\0b\ud800c"
+    return None
+
+
+def fail_twice(text: str) -> str:
+    """Fail the first two runs of a text, then answer."""
+    note(text)
+    runs = pathlib.Path(os.environ["RUNS"]).read_text().splitlines().count(text)
+    if runs < 3:
+        raise ValueError(f"run {runs}")
+    return f"run {runs}"

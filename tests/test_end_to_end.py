@@ -1,0 +1,142 @@
+"""A task all the way: producer, broker, two consumers, dead letters; then the same by run.sh."""
+
+import pathlib
+import signal
+import time
+
+import pika
+
+from tests.conftest import Stack, until
+
+
+def test_a_thousand_tasks_end_as_their_handler_says(stack: Stack, tmp_path: pathlib.Path) -> None:
+    runs = tmp_path / "runs"
+    stack.producer()
+    for _ in range(2):
+        stack.consumer(HANDLER="handlers:note", RUNS=runs, CONCURRENCY=2)
+    texts = [f"task-{index}" + (" fail" if index % 10 == 0 else "") for index in range(1000)]
+    ids = stack.create(*texts)
+    stack.wait_ended()
+    assert stack.counts() == {"success": 900, "error": 100}
+    assert stack.get(ids[0])["error"] == "ValueError: told to fail: task-0 fail"
+    assert stack.get(ids[1])["error"] is None
+    assert stack.runs(runs) == dict.fromkeys(texts, 1)
+    until(lambda: stack.unsettled() == {})
+
+
+def test_the_imitation_fails_at_its_rate(stack: Stack) -> None:
+    stack.producer()
+    stack.consumer(FAILURE_RATE=0.3)
+    stack.create(*map(str, range(500)))
+    stack.wait_ended()
+    assert 90 < stack.counts()["error"] < 210
+
+
+def test_tasks_are_picked_at_random(stack: Stack, tmp_path: pathlib.Path) -> None:
+    producer = stack.producer()
+    producer.stop()
+    producer = stack.producer(QUEUE_LIMIT=1)
+    ids = stack.create(*map(str, range(3000)))
+    until(lambda: stack.counts().get("sent", 0) >= 500)
+    producer.kill()
+    sent = [int(text) for (text,) in stack.sql("SELECT text FROM tasks WHERE status = 'sent'")]
+    assert len(sent) == 500 and len(ids) == 3000
+    assert 1300 < sum(sent) / len(sent) < 1700  # the first 500 by age would give 250
+
+
+def test_an_idle_system_dispatches_at_once(stack: Stack, tmp_path: pathlib.Path) -> None:
+    stack.producer()
+    stack.consumer()
+    [warm] = stack.create("warm up")
+    stack.wait_status([warm], "success")
+    seconds = []
+    for index in range(10):
+        began = time.monotonic()
+        [task_id] = stack.create(str(index))
+        until(lambda task_id=task_id: stack.get(task_id)["taskStatus"] == "success")
+        seconds.append(time.monotonic() - began)
+    assert (
+        sorted(seconds)[5] < 0.5
+    )  # far less, but these machines are noisy; never the 1 s of a poll
+
+
+def test_results_are_stored_and_made_storable(stack: Stack, tmp_path: pathlib.Path) -> None:
+    stack.producer()
+    stack.consumer(HANDLER="handlers:note", RUNS=tmp_path / "runs")
+    small, large, odd, leaver = stack.create("bytes=10", "bytes=70000", "nul", "exit")
+    stack.wait_ended()
+    assert stack.get(small)["result"] == "x" * 10
+    assert stack.get(large)["result"] == "x" * 65536
+    assert stack.get(odd)["result"] == "a\N{REPLACEMENT CHARACTER}b?c"
+    assert stack.get(leaver)["error"] == "SystemExit: 3"
+
+
+def test_messages_that_are_not_ours_are_dropped_and_stop_nobody(stack: Stack) -> None:
+    stack.producer()
+    consumer = stack.consumer()
+    bodies = [b"\xff\xfe", b"[]", b'{"id": 5}', b"{}", b"[" * 5000, b'{"id": "x", "text": 1}']
+    with stack.channel() as channel:
+        for body in bodies:
+            channel.basic_publish("tasks", "tasks", body, pika.BasicProperties(delivery_mode=2))
+    ids = stack.create("ours")
+    stack.wait_status(ids, "success")
+    until(lambda: consumer.log.read_text().count("dropped a dead letter without a task") == 6)
+    until(lambda: stack.unsettled() == {})
+
+
+def test_the_watcher_runs_alone_too(stack: Stack) -> None:
+    stack.producer()
+    consumer = stack.consumer(FAILURE_RATE=1)
+    watcher = stack.start("dlq_watcher")
+    ids = stack.create(*map(str, range(300)))
+    stack.wait_status(ids, "error")
+    assert stack.get(ids[0])["error"] == "RuntimeError: imitated failure"
+    assert (consumer.stop(), watcher.stop()) == (0, 0)
+
+
+def test_everything_may_start_before_the_servers_it_needs(stack: Stack) -> None:
+    consumer = stack.consumer()
+    producer = stack.start("producer", RABBITMQ_URL="amqp://tasks:tasks@127.0.0.1:1/%2F")
+    answer = until(lambda: readyz(stack))
+    assert answer[0] == 503 and answer[1]["database"] == "ok" and answer[1]["broker"] != "ok"
+    ids = stack.create("a")  # accepted without a broker
+    assert producer.stop() == 0
+    stack.producer()
+    stack.wait_status(ids, "success")
+    assert consumer.poll() is None
+
+
+def test_without_a_database_the_api_says_503_and_when_to_try_again(stack: Stack) -> None:
+    stack.start("producer", DATABASE_URL="postgresql://tasks:tasks@127.0.0.1:1/tasks")
+    answer = until(lambda: readyz(stack))
+    assert answer[0] == 503 and answer[1]["database"] != "ok"
+    created = stack.session.post(f"{stack.url}/api/v1/create-task", json={"text": "a"})
+    assert (created.status_code, created.headers["Retry-After"]) == (503, "1")
+    assert "database" in created.json()["error"]
+
+
+def readyz(stack: Stack) -> tuple[int, dict] | None:
+    """Return what /readyz answers, if the producer answers at all."""
+    try:
+        answer = stack.session.get(f"{stack.url}/readyz", timeout=10)
+    except OSError:
+        return None
+    return answer.status_code, answer.json()
+
+
+def test_every_service_stops_with_0_at_sigterm_and_at_once_at_the_second(stack: Stack) -> None:
+    producer, consumer = stack.producer(), stack.consumer(HANDLER="time:sleep")
+    watcher = stack.start("dlq_watcher")
+    until(lambda: "connected" in watcher.log.read_text())
+    for service in (watcher, consumer, producer):
+        assert service.stop(20) == 0
+    consumer = stack.consumer(PROCESSING_SECONDS=600)
+    stack.producer()
+    ids = stack.create("long")
+    stack.wait_status(ids, "sent")
+    until(lambda: stack.waiting() == 0)
+    consumer.child.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert consumer.poll() is None  # it finishes what runs
+    consumer.child.send_signal(signal.SIGTERM)
+    assert consumer.child.wait(5) == 1

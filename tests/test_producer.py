@@ -1,0 +1,224 @@
+"""The HTTP API over real PostgreSQL: what each call answers, and what it says to bad input."""
+
+import json
+import uuid
+
+import pytest
+import requests
+
+from tests.conftest import Stack
+
+CREATE = "/api/v1/create-task"
+GET = "/api/v1/get-task-data"
+PUT = "/api/v1/update-task-status"
+
+
+def test_a_created_task_is_answered_whole_and_can_be_read(api: Stack) -> None:
+    created = api.session.post(api.url + CREATE, json={"text": "любой текст"})
+    assert created.status_code == 201
+    assert created.headers["Content-Type"] == "application/json"
+    task = created.json()
+    assert list(task) == [
+        "taskId", "text", "taskStatus", "attempt", "result", "error",
+        "runAt", "createdAt", "sentAt", "finishedAt",
+    ]  # fmt: skip
+    assert (task["text"], task["taskStatus"], task["attempt"]) == ("любой текст", "pending", 1)
+    assert task["createdAt"].endswith("Z")
+    api.wait_status([task["taskId"]], "sent")
+    sent = api.get(task["taskId"])
+    assert sent["taskStatus"] == "sent" and sent["sentAt"] is not None
+
+
+def test_an_array_is_created_all_or_nothing(api: Stack) -> None:
+    assert len(api.create("a", "b", "c")) == 3
+    answer = api.session.post(api.url + CREATE, json=[{"text": "d"}, {"text": ""}])
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("[1] text: expected at least one character")
+    assert sum(api.counts().values()) == 3
+
+
+def test_a_repeated_task_id_is_one_task_and_another_text_a_conflict(api: Stack) -> None:
+    task_id = str(uuid.uuid4())
+    first = api.session.post(api.url + CREATE, json={"text": "one", "taskId": task_id})
+    again = api.session.post(api.url + CREATE, json={"text": "one", "taskId": task_id.upper()})
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json()["taskId"] == task_id
+    other = api.session.post(api.url + CREATE, json={"text": "two", "taskId": task_id})
+    assert other.status_code == 409
+    body = [{"text": "new"}, {"text": "two", "taskId": task_id}]
+    assert api.session.post(api.url + CREATE, json=body).status_code == 409
+    assert api.sql("SELECT text FROM tasks") == [("one",)]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "expected"),
+    [
+        (b"{", 400, "expected a JSON body"),
+        (b'{"text": "\xff"}', 400, "UTF-8"),
+        (b"[" * 100_000, 400, "expected a JSON body"),
+        (b"{}", 400, '"text" is missing'),
+        (b'"text"', 400, 'expected {"text"'),
+        (b"[]", 400, "expected 1 to 10000 tasks"),
+        (b'{"text": ""}', 400, "at least one character"),
+        (b'{"text": 5}', 400, "expected a string, got 5"),
+        (b'{"text": null}', 400, "expected a string, got None"),
+        (b'{"text": "a\\u0000b"}', 400, "NUL"),
+        (b'{"text": "\\ud800"}', 400, "surrogates"),
+        (json.dumps({"text": "x" * (1024 * 1024 + 1)}).encode(), 400, "1048576 bytes"),
+        (b'{"text": "a", "runat": "x"}', 400, "expected only text, taskId and runAt"),
+        (b'{"text": "a", "taskId": "5"}', 400, "taskId: expected a UUID"),
+        (b'{"text": "a", "runAt": "soon"}', 400, "runAt: expected ISO 8601"),
+        (b'{"text": "a", "runAt": 5}', 400, "runAt: expected ISO 8601"),
+        (b"x" * (17 * 1024 * 1024), 413, "16 MiB"),
+    ],
+)  # fmt: skip
+def test_bad_creates_say_what_was_expected(
+    api: Stack, body: bytes, status: int, expected: str
+) -> None:
+    answer = requests.post(api.url + CREATE, data=body, timeout=30)
+    assert answer.status_code == status
+    assert expected in answer.json()["error"]
+    assert api.counts() == {}
+
+
+def test_a_text_of_exactly_one_mebibyte_is_taken(api: Stack) -> None:
+    [task_id] = api.create("я" * (512 * 1024))
+    assert api.get(task_id)["text"] == "я" * (512 * 1024)
+
+
+def test_reads_of_unknown_or_malformed_ids_are_404_and_400(api: Stack) -> None:
+    missing = api.session.get(api.url + GET, params={"taskId": str(uuid.uuid4())})
+    assert (missing.status_code, "no task has the id" in missing.text) == (404, True)
+    for query in ("", "?taskId=5", "?taskId=%ff"):
+        answer = api.session.get(api.url + GET + query)
+        assert answer.status_code == 400 and "expected" in answer.json()["error"]
+
+
+def test_unknown_paths_and_methods_are_json_errors(api: Stack) -> None:
+    answer = api.session.get(api.url + "/nowhere")
+    assert answer.status_code == 404 and "POST /api/v1/create-task" in answer.json()["error"]
+    answer = api.session.get(api.url + CREATE)
+    assert answer.status_code == 405 and "expected one of" in answer.json()["error"]
+    assert answer.headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize("way", ["query", "form", "json", "untyped json"])
+def test_an_update_is_taken_from_query_form_or_json(api: Stack, way: str) -> None:
+    [task_id] = api.create("a")
+    fields = {"taskId": task_id, "taskStatus": "success"}
+    url = api.url + PUT
+    if way == "query":
+        answer = api.session.put(url, params=fields)
+    elif way == "form":
+        answer = api.session.put(url, data=fields)
+    elif way == "json":
+        answer = api.session.put(url, json=fields)
+    else:
+        kind = {"Content-Type": "application/x-www-form-urlencoded"}
+        answer = api.session.put(url, data=json.dumps(fields), headers=kind)
+    assert (answer.status_code, answer.json()["taskStatus"]) == (200, "success")
+    assert answer.json()["finishedAt"] is not None
+
+
+@pytest.mark.parametrize(
+    ("word", "code"),
+    [("УСПЕШНО", "success"), ("Success", "success"), ("ошибка", "error"), (" eRRor ", "error")],
+)
+def test_a_status_is_taken_in_both_languages_and_any_case(api: Stack, word: str, code: str) -> None:
+    [task_id] = api.create("a")
+    assert api.put(taskId=task_id, taskStatus=word).json()["taskStatus"] == code
+
+
+def test_bad_updates_say_what_was_expected(api: Stack) -> None:
+    [task_id] = api.create("a")
+    for fields, status, expected in (
+        ({"taskId": task_id}, 400, "taskStatus: expected"),
+        ({"taskId": task_id, "taskStatus": "done"}, 400, "expected one of pending, sent"),
+        ({"taskId": "5", "taskStatus": "success"}, 400, "expected a UUID"),
+        ({"taskStatus": "success"}, 400, "expected a UUID"),
+        ({"taskId": str(uuid.uuid4()), "taskStatus": "success"}, 404, "no task"),
+        ({"taskId": task_id, "taskStatus": "sent"}, 409, "only the dispatcher"),
+        ({"taskId": task_id, "taskStatus": "success", "attempt": 7}, 409, "stale"),
+        ({"taskId": task_id, "taskStatus": "success", "attempt": "x"}, 400, "attempt"),
+    ):
+        answer = api.put(**fields)
+        assert (answer.status_code, expected in answer.json()["error"]) == (status, True), (
+            answer.text
+        )
+    assert api.put(taskId=task_id, taskStatus="success").status_code == 200
+    answer = api.put(taskId=task_id, taskStatus="error")
+    assert answer.status_code == 409 and "success does not become error" in answer.json()["error"]
+
+
+def test_an_array_of_reports_is_judged_one_by_one(api: Stack) -> None:
+    first, second = api.create("a", "b")
+    answer = api.put(
+        [
+            {"taskId": first, "taskStatus": "success", "attempt": 1, "result": "fine"},
+            {"taskId": second, "taskStatus": "success", "attempt": 2},
+            {"taskId": str(uuid.uuid4()), "taskStatus": "success", "attempt": 1},
+            {"taskId": "nonsense", "taskStatus": "success"},
+            {"taskId": second, "taskStatus": "success", "attempt": 1, "result": "nul \0"},
+            5,
+        ]
+    )
+    assert answer.status_code == 200
+    assert answer.json()["updated"] == 1
+    reasons = [(each["index"], each["reason"][:14]) for each in answer.json()["rejected"]]
+    assert reasons == [
+        (1, "stale: attempt"),
+        (2, "no task has th"),
+        (3, "taskId: expect"),
+        (4, "result: expect"),
+        (5, "expected an ob"),
+    ]
+    assert api.get(first)["result"] == "fine"
+
+
+def test_a_token_guards_the_api_and_nothing_else(stack: Stack) -> None:
+    stack.producer(API_TOKEN="secret")
+    assert stack.session.get(stack.url + "/healthz").status_code == 200
+    refused = stack.session.post(stack.url + CREATE, json={"text": "a"})
+    assert refused.status_code == 401 and "Authorization: Bearer" in refused.json()["error"]
+    headers = {"Authorization": "Bearer secret"}
+    allowed = stack.session.post(stack.url + CREATE, json={"text": "a"}, headers=headers)
+    assert allowed.status_code == 201
+
+
+def test_two_producers_start_together_on_an_empty_database(stack: Stack) -> None:
+    first = stack.producer(ready=False)
+    second = stack.start("producer", HTTP_PORT=0)
+    stack.wait_ready(first)
+    assert second.poll() is None
+    ids = stack.create(*map(str, range(2000)))
+    stack.wait_status(ids, "sent")
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "value"),
+    [
+        ("producer", "HTTP_PORT", "eighty"),
+        ("producer", "QUEUE_LIMIT", "0"),
+        ("producer", "RABBITMQ_URL", "http://x"),
+        ("producer", "MAX_ATTEMPTS", "-1"),
+        ("producer", "LOG_LEVEL", "LOUD"),
+        ("consumer", "FAILURE_RATE", "2"),
+        ("consumer", "CONCURRENCY", "many"),
+        ("consumer", "PREFETCH", "some"),
+        ("consumer", "HANDLER", "nowhere:function"),
+        ("consumer", "PRODUCER_URL", "ftp://x"),
+        ("dlq_watcher", "SENT_TIMEOUT_SECONDS", "soon"),
+    ],
+)
+def test_a_setting_that_does_not_parse_ends_with_2_and_its_name(
+    stack: Stack, script: str, name: str, value: str
+) -> None:
+    service = stack.start(script, **{name: value})
+    assert service.child.wait(20) == 2
+    assert name in service.log.read_text() and "expected" in service.log.read_text()
+
+
+def test_a_taken_port_ends_with_2(api: Stack) -> None:
+    second = api.start("producer")
+    assert second.child.wait(20) == 2
+    assert "HTTP_PORT" in second.log.read_text()
