@@ -103,6 +103,12 @@ def count_waiting(channel: BlockingChannel) -> int:
     return channel.queue_declare(QUEUE, passive=True).method.message_count
 
 
+def host_of(url: str) -> str:
+    """Return the host and port of an AMQP URL: without its password, it may be logged."""
+    parameters = pika.URLParameters(url)
+    return f"{parameters.host}:{parameters.port}"
+
+
 def connect(name: str) -> pika.BlockingConnection:
     """Connect to the first host that answers, in random order, under a name the broker shows."""
     parameters = [pika.URLParameters(url) for url in random.sample(URLS, len(URLS))]
@@ -147,6 +153,8 @@ def keep_connected(
             delay *= random.uniform(0.5, 1)
             failures = min(failures + 1, 10)
             reason = str(error).strip() or type(error).__name__
+            if connection is None:
+                reason = f"cannot connect to {', '.join(map(host_of, URLS))}: {reason}"
             if isinstance(error, lost):
                 tell(reason)
             if not isinstance(error, lost + expected):

@@ -148,7 +148,13 @@ WHERE ctid = ANY(ARRAY(
 ))
 """
 
-UNAVAILABLE = (psycopg2.OperationalError, psycopg2.InterfaceError, psycopg2.InternalError)
+# Away, full, read-only, over a time limit, or so new that its table is not there yet.
+UNAVAILABLE = (
+    psycopg2.OperationalError,
+    psycopg2.InterfaceError,
+    psycopg2.InternalError,
+    psycopg2.errors.UndefinedTable,
+)
 
 
 class NewTask(NamedTuple):
@@ -218,10 +224,12 @@ class Pool:
                     self.idle.append(connection)
                     return result
                 except UNAVAILABLE as error:
+                    lost = connection is not None and connection.closed
+                    again = isinstance(error, psycopg2.errors.DeadlockDetected) or (
+                        lost and (repeatable or not committing)
+                    )
                     self.discard(connection, error)
-                    deadlock = isinstance(error, psycopg2.errors.DeadlockDetected)
-                    lost = connection is not None and (repeatable or not committing)
-                    if time.monotonic() > deadline or not (deadlock or lost):
+                    if time.monotonic() > deadline or not again:
                         raise Unavailable(str(error).strip()) from error
         finally:
             self.places.release()

@@ -112,10 +112,10 @@ class Connection(socketserver.BaseRequestHandler):
     def read_request(self) -> tuple[dict[str, Any], bool]:
         """Return the next request's WSGI environ and whether the client keeps the connection."""
         deadline = time.monotonic() + HEAD_SECONDS
-        while (end := self.received.find(b"\r\n\r\n")) < 0:
-            if len(self.received) > MAX_HEAD_BYTES:
-                raise Refused("431 Request Header Fields Too Large", "the head is over 32 KiB")
+        while (end := self.received.find(b"\r\n\r\n")) < 0 and len(self.received) <= MAX_HEAD_BYTES:
             self.receive(deadline)
+        if not 0 <= end <= MAX_HEAD_BYTES:
+            raise Refused("431 Request Header Fields Too Large", "the head is over 32 KiB")
         head, self.received = self.received[:end], self.received[end + 4 :]
         environ = self.base | parse_head(head.decode("latin-1"))
         environ["wsgi.input"] = io.BytesIO(self.read_body(environ))

@@ -1,4 +1,4 @@
-"""Handlers that the tests give to consumers as HANDLER=handlers:NAME. Each run is a line in RUNS."""
+"""Handlers that the tests give to consumers, HANDLER=handlers:NAME; each run is a line in RUNS."""
 
 import os
 import pathlib
