@@ -52,6 +52,8 @@ ON CONFLICT (id) DO NOTHING
 RETURNING {TASK_COLUMNS}
 """
 
+PROBE = "SELECT FROM tasks LIMIT 0"
+
 SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
 
 # Locked by id alone and in id order. A report can come before the dispatcher's COMMIT: a condition

@@ -244,7 +244,17 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection its thread, or a 503 when too many are open."""
         if self.places.acquire(blocking=False):
-            super().process_request(request, client_address)
+            thread = threading.Thread(
+                target=self.process_request_thread,
+                args=(request, client_address),
+                name=f"http-{client_address[1]}",
+                daemon=True,
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: the server closes the connection
+                self.places.release()
+                raise
             return
         body = b'{"error": "too many open connections, expected at most %d"}' % MAX_CONNECTIONS
         with request:

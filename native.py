@@ -33,6 +33,13 @@ def read_env_file(path: pathlib.Path) -> dict[str, str]:
     return {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
 
 
+def port_number(value: str) -> int:
+    """Return the port that HTTP_PORT names."""
+    if not (value.isascii() and value.isdigit() and 0 < int(value) < 65536):
+        raise Missing(f"HTTP_PORT={value!r} is not valid: expected a number from 1 to 65535")
+    return int(value)
+
+
 class Project:
     """The servers and services of one project folder, in its `.run`."""
 
@@ -41,7 +48,7 @@ class Project:
         self.run.mkdir(exist_ok=True)
         self.pid_file = self.run / "native.pid"
         self.env = read_env_file(root / ".env") | dict(os.environ)
-        self.http_port = int(self.env.get("HTTP_PORT") or 8080)
+        self.http_port = port_number(self.env.get("HTTP_PORT") or "8080")
         self.address = f"http://127.0.0.1:{self.http_port}"
         self.processes: list[Process] = []
         self.stop_asked = False
@@ -50,8 +57,9 @@ class Project:
         """Return the pid of the supervisor that runs this folder already."""
         with contextlib.suppress(OSError, ValueError):
             pid = int(self.pid_file.read_text())
-            command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if str(HERE / "native.py").encode() in command:
+            folder = os.readlink(f"/proc/{pid}/cwd")
+            words = pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if str(HERE / "native.py") in [os.path.join(folder, word) for word in words]:
                 return pid
         return None
 

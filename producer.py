@@ -265,7 +265,7 @@ def readyz() -> bytes:
     """Answer whether tasks are taken and dispatched, and what is away if not."""
     state = {"database": "ok", "broker": dispatcher.broker_state, "dispatcher": "ok"}
     try:
-        pool.transaction(lambda cursor: cursor.execute("SELECT 1"))
+        pool.transaction(lambda cursor: cursor.execute(database.PROBE))
     except database.Unavailable as error:
         state["database"] = str(error)
     if time.monotonic() - dispatcher.turned_at > STALLED_SECONDS:

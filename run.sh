@@ -135,6 +135,7 @@ prepare_native() {
 }
 
 up_native() {
+  http_port >/dev/null
   prepare_native requirements.txt
   exec .run/venv/bin/python native.py
 }

@@ -27,7 +27,7 @@ def run(project: pathlib.Path, *arguments: str, **env: str) -> subprocess.Comple
     """Run run.sh to its end, from another folder."""
     return subprocess.run(
         ["bash", str(project / "run.sh"), *arguments],
-        env=os.environ | env,
+        env=os.environ | {"COMPOSE_PROJECT_NAME": "tasks-test"} | env,
         cwd="/",
         capture_output=True,
         text=True,
@@ -55,9 +55,8 @@ def test_native_start_carries_a_task_keeps_its_data_and_stops(project: pathlib.P
 
     child = start()
     try:
-        task_id = requests.post(f"{api}/create-task", json={"text": "a"}, timeout=10).json()[
-            "taskId"
-        ]
+        created = requests.post(f"{api}/create-task", json={"text": "a"}, timeout=10)
+        task_id = created.json()["taskId"]
         until(lambda: status() == "success")
         assert (project / ".env").stat().st_mode & 0o777 == 0o600
         again = run(project, "--native", HTTP_PORT=str(port))
