@@ -144,6 +144,16 @@ class Postgres(Process):
         probe = [f"{self.bin}/pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         self.wait_until(lambda: subprocess.run(probe).returncode == 0)
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the server and its backends, which have left its process group."""
+        pids = [self.pid]
+        with contextlib.suppress(OSError):
+            children = pathlib.Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+            pids += map(int, children.split())
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def make_cluster(self) -> None:
         """Make the cluster with one role and one database, both called tasks."""
         shutil.rmtree(self.data, ignore_errors=True)  # of an initdb that was interrupted

@@ -181,16 +181,17 @@ class Stack:
         texts = path.read_text().splitlines() if path.exists() else []
         return {text: texts.count(text) for text in texts}
 
-    def close(self) -> None:
-        """End the processes, then drop queues and database."""
+    def close(self, queues: bool = True) -> None:
+        """End the processes, then drop queues (those of a shared broker) and database."""
         for process in self.processes:
             process.signal(18)  # SIGCONT: a frozen one could not end
             process.kill()
-        with self.channel() as channel:
-            for name in ("tasks", "tasks.dlq"):
-                channel.queue_delete(name)
-            for name in ("tasks", "tasks.dlx"):
-                channel.exchange_delete(name)
+        if queues:
+            with self.channel() as channel:
+                for name in ("tasks", "tasks.dlq"):
+                    channel.queue_delete(name)
+                for name in ("tasks", "tasks.dlx"):
+                    channel.exchange_delete(name)
         with contextlib.closing(psycopg2.connect(self.postgres.url)) as session:
             session.autocommit = True
             session.cursor().execute(f"DROP DATABASE {self.database} WITH (FORCE)")

@@ -1,0 +1,660 @@
+"""Faults, each made by killing, freezing or cutting the real thing: nothing is lost, run twice for
+nothing, or stuck. The broker and database that are hurt here are this module's own."""
+
+import contextlib
+import itertools
+import pathlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+import requests
+
+from tests.conftest import Stack, until
+
+
+@pytest.fixture
+def runs(tmp_path: pathlib.Path) -> pathlib.Path:
+    """The file in which the handler notes each run."""
+    return tmp_path / "runs"
+
+
+def handler(runs: pathlib.Path, **env: Any) -> dict[str, Any]:
+    """Return the settings of a consumer that notes its runs."""
+    return {"HANDLER": "handlers:note", "RUNS": runs, **env}
+
+
+def create_undispatched(stack: Stack) -> list[str]:
+    """Create a task with a producer that has no broker, so that nobody else locks its row."""
+    stack.producer().stop()
+    stack.producer(RABBITMQ_URL="amqp://tasks:tasks@127.0.0.1:1/%2F", ready=False)
+
+    def is_up() -> bool:
+        with contextlib.suppress(requests.ConnectionError):
+            return stack.session.get(f"{stack.url}/healthz").status_code == 200
+        return False
+
+    until(is_up)
+    return stack.create("a")
+
+
+def started(stack: Stack, runs: pathlib.Path, text: str, times: int = 1) -> None:
+    """Wait until a task has begun so many times."""
+    until(lambda: stack.runs(runs).get(text, 0) >= times, what=f"{text} begun {times} times")
+
+
+class Proxy:
+    """A TCP proxy on a free port whose connections can be frozen or cut, each way."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.frozen = threading.Event()
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.target))
+                self.pairs.append((client, server))
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                while self.frozen.is_set():
+                    time.sleep(0.05)
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Close every connection; new ones are accepted."""
+        for pair in self.pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        self.pairs.clear()
+
+    def close(self) -> None:
+        self.listener.close()
+        self.frozen.clear()
+        self.cut()
+
+
+@pytest.fixture
+def proxy() -> Iterator[Any]:
+    """Make proxies; they are closed with the test."""
+    proxies: list[Proxy] = []
+
+    def make(target: int) -> Proxy:
+        proxies.append(Proxy(target))
+        return proxies[-1]
+
+    yield make
+    for each in proxies:
+        each.close()
+
+
+def test_tasks_of_a_killed_consumer_are_run_by_another(stack: Stack, runs: pathlib.Path) -> None:
+    stack.producer()
+    victim = stack.consumer(**handler(runs, CONCURRENCY=2))
+    ids = stack.create("sleep=2 a", "sleep=2 b", "c", "d")
+    started(stack, runs, "sleep=2 b")
+    victim.kill()
+    stack.consumer(**handler(runs))
+    stack.wait_status(ids, "success")
+    assert stack.runs(runs) == {"sleep=2 a": 2, "sleep=2 b": 2, "c": 1, "d": 1}
+
+
+def test_a_killed_producer_forgets_nothing_it_answered(stack: Stack, runs: pathlib.Path) -> None:
+    stack.consumer(**handler(runs, CONCURRENCY=4))
+    producer = stack.producer()
+    ids: list[str] = []
+    for _ in range(4):
+        ids += stack.create(*[f"n{len(ids) + index}" for index in range(300)])
+        producer.kill()
+        producer = stack.producer()
+    stack.wait_status(ids, "success")
+    assert set(stack.runs(runs)) == {f"n{index}" for index in range(1200)}
+
+
+@pytest.fixture
+def own(server_classes: tuple, tmp_path: pathlib.Path, postgres: Any) -> Iterator[Stack]:
+    """A project with a broker of its own, which the test may hurt."""
+    rabbit = server_classes[1](tmp_path / "rabbit")
+    rabbit.start()
+    stack = Stack(postgres, rabbit, tmp_path)
+    try:
+        yield stack
+    finally:
+        stack.close(queues=False)
+        rabbit.stop()
+        for process in stack.processes:
+            print(f"--- {process.log.name}")
+            print("\n".join(process.log.read_text("utf-8", "replace").splitlines()[-60:]))
+
+
+def test_a_killed_broker_comes_back_with_what_it_had(own: Stack, runs: pathlib.Path) -> None:
+    producer = own.producer()
+    consumer = own.consumer(**handler(runs))
+    ids = own.create(*[f"sleep=0.01 {index}" for index in range(1500)])
+    until(lambda: own.counts().get("success", 0) > 100)
+    own.rabbit.kill()
+    more = own.create("created without a broker")
+    own.rabbit.start()
+    own.wait_status(ids + more, "success", timeout=90)
+    assert (producer.poll(), consumer.poll()) == (None, None)
+    assert sum(own.runs(runs).values()) <= 1501 + 10
+    until(lambda: own.unsettled() == {})
+
+
+def test_a_broker_whose_data_is_lost_costs_no_task(own: Stack, runs: pathlib.Path) -> None:
+    own.producer(SENT_TIMEOUT_SECONDS=8)
+    ids = own.create(*map(str, range(100)))
+    own.wait_status(ids, "sent")
+    with own.channel() as channel:
+        channel.queue_purge("tasks")
+    own.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=8))
+    own.wait_status(ids, "success")
+    assert own.runs(runs) == {str(index): 1 for index in range(100)}
+    with own.channel() as channel:  # a queue deleted under a running consumer
+        for queue in ("tasks", "tasks.dlq"):
+            channel.queue_delete(queue)
+    again = own.create("after")
+    own.wait_status(again, "success")
+
+
+def test_a_killed_database_is_waited_for(
+    server_classes: tuple, rabbit: Any, tmp_path: pathlib.Path, runs: pathlib.Path
+) -> None:
+    postgres = server_classes[0](tmp_path / "postgres")
+    postgres.start()
+    stack = Stack(postgres, rabbit, tmp_path)
+    try:
+        producer = stack.producer()
+        consumer = stack.consumer(**handler(runs))
+        ids = stack.create(*[f"sleep=0.01 {index}" for index in range(1000)])
+        until(lambda: stack.counts().get("success", 0) > 100)
+        postgres.kill()
+        refused = requests.post(f"{stack.url}/api/v1/create-task", json={"text": "a"}, timeout=60)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        ready = requests.get(f"{stack.url}/readyz", timeout=60)
+        assert ready.status_code == 503 and ready.json()["database"] != "ok"
+        postgres.start()
+        stack.wait_status(ids, "success", timeout=90)
+        assert (producer.poll(), consumer.poll()) == (None, None)
+        assert sum(stack.runs(runs).values()) == 1000
+    finally:
+        stack.close()
+        postgres.stop()
+
+
+def test_a_memory_alarm_stops_nothing_but_the_dispatch(own: Stack) -> None:
+    own.producer()
+    own.consumer()
+    own.wait_status(own.create("before"), "success")
+    own.rabbit.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
+    ids = own.create(*map(str, range(50)))
+    time.sleep(8)  # longer than a publisher waits
+    began = time.monotonic()
+    more = own.create("under alarm")
+    assert time.monotonic() - began < 5
+    assert requests.get(f"{own.url}/healthz", timeout=5).status_code == 200
+    own.rabbit.ctl("set_vm_memory_high_watermark", "0.6")
+    own.wait_status(ids + more, "success")
+
+
+def test_a_message_without_a_queue_is_not_marked_sent(own: Stack) -> None:
+    own.producer()
+    with own.channel() as channel:
+        channel.queue_unbind("tasks", "tasks", "tasks")
+    ids = own.create("a", "b")
+    own.consumer()
+    own.wait_status(ids, "success")  # the binding is declared again, and the batch sent again
+    log = own.processes[0].log.read_text()
+    assert "messages had no queue" in log
+
+
+def test_a_frozen_broker_connection_is_given_up(
+    stack: Stack, runs: pathlib.Path, proxy: Any
+) -> None:
+    link = proxy(stack.rabbit.port)
+    url = f"amqp://tasks:tasks@127.0.0.1:{link.port}/%2F?heartbeat=2"
+    stack.producer(RABBITMQ_URL=url)
+    stack.consumer(RABBITMQ_URL=url, **handler(runs))
+    stack.wait_status(stack.create("before"), "success")
+    link.frozen.set()
+    ids = stack.create("during")
+    time.sleep(8)
+    link.cut()
+    link.frozen.clear()
+    stack.wait_status(ids, "success")
+
+
+@pytest.mark.parametrize("server", ["rabbit", "postgres"])
+def test_a_frozen_server_holds_nobody_for_ever(server: str, own: Stack, runs: pathlib.Path) -> None:
+    own.producer()
+    own.consumer(**handler(runs))
+    own.wait_status(own.create("before"), "success")
+    frozen = getattr(own, server)
+    frozen.signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        answer = requests.post(f"{own.url}/api/v1/create-task", json={"text": "x"}, timeout=60)
+        assert answer.status_code == (201 if server == "rabbit" else 503)
+        assert time.monotonic() - began < 40
+    finally:
+        frozen.signal(signal.SIGCONT)
+    own.wait_status(own.create("after"), "success")
+
+
+class Refusing(threading.Thread):
+    """A producer's door that answers the first PUTs with errors or silence, then forwards."""
+
+    def __init__(self, target: str, answers: list[int | None]) -> None:
+        super().__init__(daemon=True)
+        self.target = target
+        self.answers = answers
+        self.seen = 0
+        import http.server
+
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_PUT(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.seen += 1
+                status = outer.answers.pop(0) if outer.answers else 0
+                if status is None:  # done, but the answer is lost
+                    requests.put(outer.target + self.path, data=body, timeout=30)
+                    self.close_connection = True
+                    return
+                content = b"{}"
+                if status == 0:
+                    answer = requests.put(outer.target + self.path, data=body, timeout=30)
+                    status, content = answer.status_code, answer.content
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def run(self) -> None:
+        self.server.serve_forever(0.1)
+
+
+def test_reports_are_repeated_through_errors_and_lost_answers(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    door = Refusing(stack.url, [500, None, 429, 401, None, 503])
+    door.start()
+    stack.consumer(PRODUCER_URL=door.url, **handler(runs))
+    ids = stack.create("a", "b fail", "c")
+    stack.wait_ended()
+    assert stack.counts() == {"success": 2, "error": 1}
+    assert stack.runs(runs) == {"a": 1, "b fail": 1, "c": 1}
+    assert len(ids) == 3 and door.seen > 6
+    until(lambda: stack.unsettled() == {})
+    door.server.shutdown()
+
+
+def test_a_refused_report_does_not_hold_up_its_group(stack: Stack, runs: pathlib.Path) -> None:
+    stack.producer()
+    door = Refusing(stack.url, [400, 400])  # the group, then its first half
+    door.start()
+    stack.consumer(PRODUCER_URL=door.url, **handler(runs, PREFETCH=10))
+    ids = stack.create(*[f"sleep=0.01 {index}" for index in range(10)])
+    until(lambda: stack.unsettled() == {} and stack.counts().get("success", 0) >= 8)
+    assert len(ids) == 10
+    door.server.shutdown()
+
+
+def test_a_report_before_the_dispatchers_commit_counts(stack: Stack) -> None:
+    """The message is out, the row is still locked: the report waits for the COMMIT and is taken."""
+    [task_id] = create_undispatched(stack)
+    with contextlib.closing(psycopg2.connect(stack.database_url)) as dispatcher:
+        cursor = dispatcher.cursor()
+        cursor.execute("UPDATE tasks SET status = 'sent', sent_at = now(), attempt = attempt")
+        answers: list[requests.Response] = []
+        body = [{"taskId": task_id, "taskStatus": "success", "attempt": 1}]
+        reporter = threading.Thread(target=lambda: answers.append(stack.put(body)))
+        reporter.start()
+        time.sleep(0.5)
+        assert not answers
+        dispatcher.commit()
+        reporter.join(10)
+    assert answers[0].json() == {"updated": 1, "rejected": []}
+    assert stack.get(task_id)["taskStatus"] == "success"
+
+
+def test_a_row_locked_for_too_long_is_a_503_and_not_a_hang(stack: Stack) -> None:
+    [task_id] = create_undispatched(stack)
+    with contextlib.closing(psycopg2.connect(stack.database_url)) as other:
+        other.cursor().execute("SELECT FROM tasks FOR UPDATE")
+        began = time.monotonic()
+        answer = stack.put(taskId=task_id, taskStatus="success")
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert time.monotonic() - began < 10
+
+
+def test_a_stale_report_changes_nothing_and_its_message_is_acked(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    stack.consumer(**handler(runs))
+    [task_id] = stack.create("sleep=1.5")
+    started(stack, runs, "sleep=1.5")
+    assert stack.put(taskId=task_id, taskStatus="error").json()["attempt"] == 2  # a cancel
+    time.sleep(2)
+    task = stack.get(task_id)
+    assert (task["taskStatus"], task["error"]) == ("error", "cancelled")
+    until(lambda: stack.unsettled() == {})
+
+
+def test_groups_in_opposite_orders_do_not_deadlock(api: Stack) -> None:
+    ids = api.create(*map(str, range(200)))
+    reports = [{"taskId": task_id, "attempt": 1} for task_id in ids]
+    failures: list[str] = []
+
+    def put(group: list[dict]) -> None:
+        session = requests.Session()
+        for _ in range(25):
+            answer = session.put(f"{api.url}/api/v1/update-task-status", json=group, timeout=60)
+            if answer.status_code != 200:
+                failures.append(answer.text)
+
+    threads = [
+        threading.Thread(target=put, args=(group,))
+        for group in (reports, reports[::-1], reports, reports[::-1])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert "deadlock" not in api.processes[0].log.read_text()
+
+
+def test_copies_of_one_attempt_in_hand_run_once(stack: Stack, runs: pathlib.Path) -> None:
+    producer = stack.producer()
+    ids = stack.create("sleep=0.3 a", "sleep=0.3 b")
+    stack.wait_status(ids, "sent")
+    producer.stop()
+    stack.sql("UPDATE tasks SET status = 'pending'")  # as if its COMMIT had been lost
+    stack.producer()
+    stack.wait_status(ids, "sent")
+    until(lambda: stack.waiting() == 4)
+    stack.consumer(**handler(runs, PREFETCH=10))
+    stack.wait_status(ids, "success")
+    until(lambda: stack.unsettled() == {})
+    assert stack.runs(runs) == {"sleep=0.3 a": 1, "sleep=0.3 b": 1}
+
+
+def test_a_failed_attempt_is_retried_after_its_pause(stack: Stack, runs: pathlib.Path) -> None:
+    stack.producer(MAX_ATTEMPTS=3, RETRY_SECONDS=1)
+    stack.consumer(HANDLER="handlers:fail_twice", RUNS=runs)
+    began = time.monotonic()
+    [task_id] = stack.create("third time lucky")
+    stack.wait_status([task_id], "success")
+    assert 3 <= time.monotonic() - began < 15  # 1 s, then 2 s
+    task = stack.get(task_id)
+    assert (task["attempt"], task["result"], task["error"]) == (3, "run 3", None)
+
+
+def test_the_last_failure_is_final_until_an_operator_says_otherwise(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer(MAX_ATTEMPTS=2, RETRY_SECONDS=0.2)
+    stack.consumer(HANDLER="handlers:fail_twice", RUNS=runs)
+    [task_id] = stack.create("a")
+    stack.wait_status([task_id], "error")
+    assert stack.get(task_id)["error"] == "ValueError: run 2"
+    assert stack.put(taskId=task_id, taskStatus="pending").status_code == 200
+    stack.wait_status([task_id], "success", timeout=5)
+
+
+def test_a_task_that_kills_its_consumer_ends_in_error_and_the_innocent_run_once(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    texts = [f"sleep=0.2 innocent {index}" for index in range(20)]
+    ids = stack.create(*texts, "die")
+    stack.wait_status(ids, "sent")
+    for _ in range(6):
+        consumer = stack.consumer(**handler(runs, CONCURRENCY=1, PREFETCH=40))
+        until(lambda c=consumer: c.poll() is not None or "sent" not in stack.counts())
+        if consumer.poll() is None:
+            break
+    stack.wait_ended()
+    assert stack.counts() == {"success": 20, "error": 1}
+    [(error,)] = stack.sql("SELECT error FROM tasks WHERE status = 'error'")
+    assert error == "killed its worker 3 times"
+    until(lambda: stack.unsettled() == {})
+    lines = runs.read_text().splitlines()
+    assert lines.count("die") == 3
+    # Only the task that ended in the last millisecond before a death can have had no time to be
+    # reported; what had not begun ran once.
+    last = {before for before, line in itertools.pairwise(lines) if line == "die"}
+    for text in texts:
+        assert lines.count(text) == 1 or (text in last and lines.count(text) == 2), lines
+
+
+def test_beside_a_poison_its_neighbours_survive(stack: Stack, runs: pathlib.Path) -> None:
+    stack.producer()
+    ids = stack.create("sleep=1 a", "sleep=0.5 die", "sleep=1 b", "sleep=1 c")
+    stack.wait_status(ids, "sent")
+    for _ in range(8):
+        consumer = stack.consumer(**handler(runs, CONCURRENCY=4))
+        until(lambda c=consumer: c.poll() is not None or "sent" not in stack.counts())
+        if consumer.poll() is None:
+            break
+    stack.wait_ended()
+    assert stack.counts() == {"success": 3, "error": 1}
+
+
+def test_a_recorded_success_whose_ack_was_lost_is_not_run_again(
+    own: Stack, runs: pathlib.Path, proxy: Any
+) -> None:
+    link = proxy(own.rabbit.port)
+    url = f"amqp://tasks:tasks@127.0.0.1:{link.port}/%2F"
+    own.producer()
+    own.consumer(RABBITMQ_URL=url, **handler(runs))
+    own.wait_status(own.create("warm up"), "success")
+    ids = own.create("sleep=1")
+    started(own, runs, "sleep=1")
+    link.frozen.set()  # the ack cannot get out
+    own.wait_status(ids, "success")
+    link.cut()
+    link.frozen.clear()
+    until(lambda: own.unsettled() == {})
+    assert own.runs(runs)["sleep=1"] == 1
+
+
+def test_neither_a_long_task_nor_a_slow_queue_is_run_twice(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer(SENT_TIMEOUT_SECONDS=4)
+    ids = stack.create("sleep=9 long", *[f"sleep=1 {index}" for index in range(12)])
+    stack.wait_status(ids, "sent")
+    stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=4, CONCURRENCY=2))
+    stack.wait_status(ids, "success", timeout=90)
+    assert set(stack.runs(runs).values()) == {1}
+    until(lambda: stack.unsettled() == {})
+    assert "rescued" not in stack.processes[0].log.read_text()
+
+
+def test_a_task_longer_than_the_brokers_consumer_timeout_ends(
+    server_classes: tuple, postgres: Any, tmp_path: pathlib.Path, runs: pathlib.Path
+) -> None:
+    """The broker closes the channel under it; the copy that comes back joins the one that runs."""
+    rabbit = server_classes[1](tmp_path / "rabbit")
+    rabbit.start()
+    for name, value in (("channel_tick_interval", 1000), ("consumer_timeout", 3000)):
+        rabbit.ctl("eval", f"application:set_env(rabbit, {name}, {value}).")
+    stack = Stack(postgres, rabbit, tmp_path)
+    try:
+        stack.producer()
+        stack.consumer(**handler(runs))
+        ids = stack.create("sleep=10", "after")
+        stack.wait_status(ids, "success")
+        assert stack.runs(runs) == {"sleep=10": 1, "after": 1}
+        until(lambda: stack.unsettled() == {})
+    finally:
+        stack.close(queues=False)
+        rabbit.stop()
+
+
+def test_sigterm_finishes_and_reports_what_runs_and_gives_back_the_rest(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    consumer = stack.consumer(**handler(runs, PREFETCH=10))
+    ids = stack.create(*[f"sleep=1 {index}" for index in range(8)])
+    until(lambda: stack.runs(runs))
+    assert consumer.stop(20) == 0
+    done = stack.counts().get("success", 0)
+    assert done == sum(stack.runs(runs).values()) in (1, 2)
+    until(lambda: stack.waiting() == 8 - done)
+    stack.consumer(**handler(runs, CONCURRENCY=4))
+    stack.wait_status(ids, "success")
+    assert set(stack.runs(runs).values()) == {1}
+
+
+def test_consumers_that_come_and_go_run_everything_once(stack: Stack, runs: pathlib.Path) -> None:
+    stack.producer()
+    ids = stack.create(*[f"sleep=0.002 {index}" for index in range(2000)])
+    consumers = [stack.consumer(**handler(runs)) for _ in range(2)]
+    for round_ in range(6):
+        time.sleep(1)
+        assert consumers[round_ % 2].stop(30) == 0
+        consumers[round_ % 2] = stack.consumer(**handler(runs))
+    stack.wait_status(ids, "success", timeout=120)
+    assert set(stack.runs(runs).values()) == {1}
+    assert len(stack.runs(runs)) == 2000
+
+
+def test_a_producer_stopped_under_load_answers_what_it_took(stack: Stack) -> None:
+    producer = stack.producer()
+    taken: list[str] = []
+    strange: list[str] = []
+
+    def create() -> None:
+        session = requests.Session()
+        with contextlib.suppress(requests.ConnectionError):
+            while True:
+                answer = session.post(
+                    f"{stack.url}/api/v1/create-task", json={"text": "a"}, timeout=30
+                )
+                if answer.status_code != 201:
+                    strange.append(answer.text)
+                    return
+                taken.append(answer.json()["taskId"])
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    assert producer.stop(20) == 0
+    for thread in threads:
+        thread.join()
+    assert strange == []
+    found = stack.sql("SELECT count(*) FROM tasks WHERE id = ANY(%s::uuid[])", taken)
+    assert found == [(len(taken),)] and len(taken) > 50
+
+
+def test_run_at_holds_a_task_back(stack: Stack, runs: pathlib.Path) -> None:
+    stack.producer()
+    stack.consumer(**handler(runs))
+    [(now,)] = stack.sql("SELECT now() + interval '3 seconds'")
+    later = stack.create("later", runAt=now.isoformat())
+    sooner = stack.create("sooner")
+    stack.wait_status(sooner, "success")
+    assert stack.get(later[0])["taskStatus"] == "pending"
+    stack.wait_status(later, "success")
+    [(lag,)] = stack.sql(
+        "SELECT extract(epoch FROM finished_at - run_at)::float8 FROM tasks WHERE text = 'later'"
+    )
+    assert 0 <= lag < 10
+
+
+def test_a_million_held_tasks_cost_the_pick_nothing(stack: Stack) -> None:
+    stack.producer()
+    stack.sql(
+        "INSERT INTO tasks (text, held, run_at)"
+        " SELECT 'held', true, now() + interval '1 day' FROM generate_series(1, 1000000)"
+    )
+    ids = stack.create("now")
+    stack.wait_status(ids, "sent", timeout=10)
+    plan = stack.sql(
+        "SET enable_seqscan = off; EXPLAIN SELECT id FROM tasks WHERE status ="
+        " 'pending' AND NOT held AND pick >= 0.5 ORDER BY pick LIMIT 500"
+    )
+    assert "tasks_pending" in str(plan)
+    [(pages,)] = stack.sql("SELECT pg_relation_size('tasks_pending') / 8192")
+    assert pages < 10
+
+
+def test_the_queue_stays_within_its_limit_and_one_batch(stack: Stack) -> None:
+    stack.producer(QUEUE_LIMIT=1000)
+    for _ in range(10):
+        stack.create(*["x"] * 10_000)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        assert stack.waiting() <= 1500
+    assert 1000 <= stack.waiting() <= 1500
+    assert stack.counts()["sent"] <= 1500
+
+
+def test_a_database_that_refuses_writes_is_a_503_until_it_takes_them(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    stack.consumer(**handler(runs))
+    ids = stack.create("sleep=1 a", "sleep=1 b")
+    started(stack, runs, "sleep=1 a")
+    stack.sql(f"ALTER DATABASE {stack.database} SET default_transaction_read_only = on")
+    stack.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    answer = requests.post(f"{stack.url}/api/v1/create-task", json={"text": "a"}, timeout=60)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert "read-only" in answer.json()["error"]
+    with contextlib.closing(psycopg2.connect(stack.postgres.url)) as session:
+        session.autocommit = True
+        session.cursor().execute(
+            f"ALTER DATABASE {stack.database} RESET default_transaction_read_only"
+        )
+    stack.wait_status(ids, "success")
+    assert set(stack.runs(runs).values()) == {1}
+    until(lambda: stack.waiting() == 0)
+
+
+def test_old_ended_tasks_are_deleted_and_others_kept(stack: Stack) -> None:
+    stack.producer(RETENTION_DAYS=1)
+    old, new, pending = stack.create("old", "new", "pending")
+    for task_id in (old, new):
+        assert stack.put(taskId=task_id, taskStatus="success").status_code == 200
+    stack.sql("UPDATE tasks SET finished_at = now() - interval '2 days' WHERE id = %s", old)
+    until(lambda: sum(stack.counts().values()) == 2)
+    assert stack.get(new)["taskStatus"] == "success"
+    assert stack.get(pending)["taskStatus"] in ("pending", "sent")
