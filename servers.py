@@ -77,6 +77,7 @@ class Process:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
             if self.poll() is not None or time.monotonic() > deadline:
+                self.kill()
                 tail = self.log.read_text("utf-8", "replace")[-2000:]
                 raise RuntimeError(f"{type(self).__name__} did not start: {self.log}:\n{tail}")
             time.sleep(0.05)

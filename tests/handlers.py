@@ -33,3 +33,7 @@ def fail_twice(text: str) -> str:
     if runs < 3:
         raise ValueError(f"run {runs}")
     return f"run {runs}"
+
+
+def nothing(text: str) -> None:
+    """Do no work: the benchmark's handler."""

@@ -28,17 +28,17 @@ class Creator(threading.Thread):
 
     def run(self) -> None:
         while not self.stop.is_set():
-            texts = [self.text() for _ in range(self.random.choice((1, 1, 20)))]
+            texts = [self.text() for _ in range(self.random.choice((1, 1, 10)))]
             tasks = [{"text": text, "taskId": str(uuid.uuid4())} for text in texts]
             while not self.create(tasks):
                 self.repeats += 1
                 time.sleep(0.2)
             self.answered |= {task["taskId"]: task["text"] for task in tasks}
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     def text(self) -> str:
         """Return a text nobody else has, that says what its run is to do."""
-        words = self.random.choice(("", "", "", "fail", "sleep=0.05", "sleep=0.5", "bytes=5000"))
+        words = self.random.choice(("", "", "", "fail", "sleep=0.05", "sleep=0.2", "bytes=5000"))
         return f"{uuid.uuid4().hex} {words}".strip()
 
     def create(self, tasks: list[dict]) -> bool:
