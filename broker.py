@@ -14,6 +14,8 @@ from typing import Any
 
 import pika
 import pika.exceptions
+import pika.frame
+import pika.spec
 from pika.adapters.blocking_connection import BlockingChannel
 
 log = logging.getLogger("broker")
@@ -101,6 +103,34 @@ def declare(channel: BlockingChannel) -> None:
 def count_waiting(channel: BlockingChannel) -> int:
     """Return how many messages wait in the queue of tasks, those at consumers not counted."""
     return channel.queue_declare(QUEUE, passive=True).method.message_count
+
+
+def publish(
+    connection: pika.BlockingConnection,
+    channel: BlockingChannel,
+    messages: list[tuple[str, bytes]],
+    expiration_ms: int,
+) -> None:
+    """Put (message id, body) pairs into the channel's open transaction, in one write to the socket.
+
+    basic_publish() polls and sends three times a message, half of a dispatcher's time. The frames
+    here are pika's own; only their way out, and the largest body a frame may have, is not public.
+    """
+    number, limit = channel.channel_number, connection._impl._body_max_length
+    method = pika.spec.Basic.Publish(exchange=EXCHANGE, routing_key=ROUTING_KEY, mandatory=True)
+    properties = pika.BasicProperties(
+        content_type="application/json",
+        delivery_mode=pika.DeliveryMode.Persistent.value,
+        expiration=str(expiration_ms),
+    )
+    publish_frame = pika.frame.Method(number, method).marshal()
+    frames = []
+    for message_id, body in messages:
+        properties.message_id = message_id
+        frames += publish_frame, pika.frame.Header(number, len(body), properties).marshal()
+        for start in range(0, len(body), limit):
+            frames.append(pika.frame.Body(number, body[start : start + limit]).marshal())
+    connection._impl._output_marshaled_frames([b"".join(frames)])
 
 
 def host_of(url: str) -> str:

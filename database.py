@@ -4,12 +4,10 @@ imports it, and every function that takes a cursor runs inside the caller's tran
 import json
 import logging
 import os
-import random
 import select
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -301,21 +299,22 @@ def apply_reports(cursor: Any, reports: list[states.Report]) -> list[states.Refu
     verdicts = []
     for report in reports:
         row = rows.get(report.id)
-        unknown = states.Refusal(404, f"no task has the id {report.id}")
-        verdicts.append(states.judge(row, report) if row else unknown)
-    changed = [asdict(row) for row in rows.values() if row.changed]
+        if row is None:
+            verdicts.append(states.Refusal(404, f"no task has the id {report.id}"))
+        else:
+            verdicts.append(states.judge(row, report))
+    changed = [row.as_dict() for row in rows.values() if row.changed]
     if changed:
         cursor.execute(UPDATE_TASKS, {"rows": json.dumps(changed)})
     return verdicts
 
 
-def claim_tasks(cursor: Any, limit: int, size: int) -> list[tuple[str, str, int]]:
+def claim_tasks(cursor: Any, limit: int, size: int, pivot: float) -> list[tuple[str, str, int]]:
     """Mark random pending tasks as sent, at most limit and about size bytes; return id, text and
     attempt of each."""
-    pivot = random.random()
     claimed: list[tuple[str, str, int]] = []
     for low, high in ((pivot, 1), (0, pivot)):
-        if len(claimed) < limit:
+        if len(claimed) < limit and low < high:
             bounds = {"low": low, "high": high, "limit": limit - len(claimed), "bytes": size}
             cursor.execute(CLAIM_TASKS, bounds)
             claimed += cursor.fetchall()

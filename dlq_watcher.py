@@ -27,7 +27,6 @@ def http_url(value: str) -> str:
 
 PRODUCER_URL = broker.setting("PRODUCER_URL", "http://127.0.0.1:8080", http_url)
 API_TOKEN = broker.setting("API_TOKEN", "")
-REPORT_URL = f"{PRODUCER_URL}/api/v1/update-task-status"
 
 # These pass by themselves or when an operator has mended something: nothing is lost by waiting.
 TEMPORARY_STATUSES = {401, 403, 408, 429}
@@ -41,37 +40,40 @@ class Unavailable(Exception):
     """The producer cannot take reports now; the same PUT may be repeated."""
 
 
-def open_session() -> requests.Session:
-    """Return a session for reports; environment proxies do not apply to the producer."""
-    session = requests.Session()
-    session.trust_env = False
-    session.headers["Content-Type"] = "application/json"
-    if API_TOKEN:
-        session.headers["Authorization"] = f"Bearer {API_TOKEN}"
-    return session
+class Reports:
+    """The way of reports to the producer: one kept HTTP connection. One thread only."""
 
+    def __init__(self) -> None:
+        self.session = requests.Session()
+        self.session.trust_env = False  # proxies of the environment are not for the producer
+        headers = {"Content-Type": "application/json"}
+        if API_TOKEN:
+            headers["Authorization"] = f"Bearer {API_TOKEN}"
+        # Prepared once: preparing costs as much as sending.
+        put = requests.Request("PUT", f"{PRODUCER_URL}/api/v1/update-task-status", headers)
+        self.request = self.session.prepare_request(put)
 
-def put_reports(session: requests.Session, reports: list[dict]) -> dict[int, str]:
-    """PUT reports as one array; return why some were refused, by index. Raise Unavailable.
+    def put(self, reports: list[dict]) -> dict[int, str]:
+        """PUT reports as one array; return why some were refused, by index. Raise Unavailable.
 
-    A refused array is split until the refused element stands alone, so that one bad report holds
-    up no other; its refusal is final.
-    """
-    body = json.dumps(reports).encode()
-    try:
-        response = session.put(REPORT_URL, body, timeout=(CONNECT_SECONDS, REPLY_SECONDS))
-        if response.status_code == 200:
-            return {each["index"]: each["reason"] for each in response.json()["rejected"]}
-    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-        raise Unavailable(f"{REPORT_URL}: {error}") from error
-    status, reason = response.status_code, response.text[:200]
-    if status >= 500 or status < 400 or status in TEMPORARY_STATUSES:
-        raise Unavailable(f"{REPORT_URL} answered {status}: {reason}")
-    if len(reports) == 1:
-        return {0: f"{status}: {reason}"}
-    half = len(reports) // 2
-    first, second = put_reports(session, reports[:half]), put_reports(session, reports[half:])
-    return first | {half + index: why for index, why in second.items()}
+        A refused array is split until the refused element stands alone, so that one bad report
+        holds up no other; its refusal is final.
+        """
+        self.request.prepare_body(json.dumps(reports).encode(), None)
+        try:
+            answer = self.session.send(self.request, timeout=(CONNECT_SECONDS, REPLY_SECONDS))
+            if answer.status_code == 200:
+                return {each["index"]: each["reason"] for each in answer.json()["rejected"]}
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"{PRODUCER_URL}: {error}") from error
+        status, reason = answer.status_code, answer.text[:200]
+        if status >= 500 or status < 400 or status in TEMPORARY_STATUSES:
+            raise Unavailable(f"{PRODUCER_URL} answered {status}: {reason}")
+        if len(reports) == 1:
+            return {0: f"{status}: {reason}"}
+        half = len(reports) // 2
+        first, second = self.put(reports[:half]), self.put(reports[half:])
+        return first | {half + index: why for index, why in second.items()}
 
 
 class Backoff:
@@ -114,7 +116,7 @@ class Watcher:
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop = stop
-        self.session = open_session()
+        self.reports = Reports()
         self.letters: list[tuple[int, dict | None]] = []
         self.cancelled = False
 
@@ -147,7 +149,7 @@ class Watcher:
         letters = self.letters[:]
         reports = [report for _, report in letters if report is not None]
         if reports:
-            for index, reason in put_reports(self.session, reports).items():
+            for index, reason in self.reports.put(reports).items():
                 log.info("dead letter of %s is void: %s", reports[index]["taskId"], reason)
             log.info("reported %d dead letters", len(reports))
         return len(letters)

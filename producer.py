@@ -9,6 +9,7 @@ import hmac
 import itertools
 import json
 import logging
+import random
 import sys
 import threading
 import time
@@ -40,9 +41,10 @@ MAX_TEXT_BYTES = 1024 * 1024
 MAX_ELEMENTS = 10_000  # of an array in one call
 BATCH = 500
 BATCH_BYTES = 4 * 1024 * 1024
-EXPIRATION = str(int(broker.SENT_TIMEOUT_SECONDS * 1000 / 2))  # in milliseconds
+EXPIRATION_MS = int(broker.SENT_TIMEOUT_SECONDS * 1000 / 2)
 IDLE_SECONDS = 1
 FULL_SECONDS = 0.02
+LOOK_SECONDS = 0.25  # how old the queue's length may be while only a few tasks are sent
 STALLED_SECONDS = 10
 HOUSEKEEPING_SECONDS = 0.5
 STOP_REQUESTS_SECONDS = 15
@@ -329,25 +331,34 @@ class Dispatcher:
         channel.tx_select()
         channel.add_on_return_callback(self.count_return)
         with contextlib.closing(database.connect()) as session:
+            room, looked_at, pivot = 0, 0.0, 0.0
             while not stop.is_set():
                 wake.clear()  # before the claim: a task that comes meanwhile sets it again
-                room = QUEUE_LIMIT - broker.count_waiting(channel)
-                sent = self.send_batch(connection, channel, session) if room > 0 else 0
+                if room <= 0 or time.monotonic() - looked_at > LOOK_SECONDS:
+                    room = min(QUEUE_LIMIT - broker.count_waiting(channel), BATCH)
+                    looked_at = time.monotonic()
                 self.turned_at = time.monotonic()
                 if room <= 0:
                     stop.wait(FULL_SECONDS)
-                elif sent == 0:
+                    continue
+                sent = self.send_batch(connection, channel, session, pivot)
+                room -= sent
+                # What is left of a backlog is met at a random place; all there is needs no pivot.
+                pivot = random.random() if sent == BATCH else 0.0
+                if sent == 0:
                     wake.wait(IDLE_SECONDS)
 
-    def send_batch(self, connection: Any, channel: BlockingChannel, session: Any) -> int:
+    def send_batch(
+        self, connection: Any, channel: BlockingChannel, session: Any, pivot: float
+    ) -> int:
         """Claim, publish and commit one batch; return its size. Any error leaves it pending."""
         began = time.monotonic()
         with session, session.cursor() as cursor:  # COMMIT at the end, ROLLBACK on any exception
-            tasks = database.claim_tasks(cursor, BATCH, BATCH_BYTES)
-            for task_id, text, attempt in tasks:
-                publish(channel, task_id, text, attempt)
+            tasks = database.claim_tasks(cursor, BATCH, BATCH_BYTES, pivot)
             if tasks:
                 self.returned = 0
+                messages = [message(*task) for task in tasks]
+                broker.publish(connection, channel, messages, EXPIRATION_MS)
                 channel.tx_commit()
                 connection.process_data_events()  # only here does pika call count_return
                 if self.returned:
@@ -361,18 +372,10 @@ class Dispatcher:
         self.returned += 1
 
 
-def publish(channel: BlockingChannel, task_id: str, text: str, attempt: int) -> None:
-    """Publish one task into the channel's open transaction."""
-    body = json.dumps({"id": task_id, "text": text, "attempt": attempt}, ensure_ascii=False)
-    properties = pika.BasicProperties(
-        content_type="application/json",
-        delivery_mode=pika.DeliveryMode.Persistent.value,
-        message_id=task_id,
-        expiration=EXPIRATION,
-    )
-    channel.basic_publish(
-        broker.EXCHANGE, broker.ROUTING_KEY, body.encode(), properties, mandatory=True
-    )
+def message(task_id: str, text: str, attempt: int) -> tuple[str, bytes]:
+    """Return a task as a message's id and body."""
+    body = {"id": task_id, "text": text, "attempt": attempt}
+    return task_id, json.dumps(body, ensure_ascii=False).encode()
 
 
 def keep_house() -> None:

@@ -62,6 +62,10 @@ class Row:
     touched: bool = False
     changed: bool = False
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name; dataclasses.asdict() copies deeply, at ten times the price."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 @dataclass(slots=True)
 class Refusal:

@@ -285,7 +285,7 @@ def report_outcomes(hand: Hand) -> None:
     Only after the producer has accepted a report is its message settled; while the producer is
     away everything is held, for ever if need be.
     """
-    session = dlq_watcher.open_session()
+    outlet = dlq_watcher.Reports()
     backoff = dlq_watcher.Backoff()
     last, touch_at = 0.0, time.monotonic() + TOUCH_SECONDS
     while True:
@@ -294,8 +294,7 @@ def report_outcomes(hand: Hand) -> None:
         if last >= touch_at:
             touch_at = last + TOUCH_SECONDS
         try:
-            reports = [report for _, report in group]
-            refusals = dlq_watcher.put_reports(session, reports) if group else {}
+            refusals = outlet.put([report for _, report in group]) if group else {}
             backoff.succeeded()
             for index, reason in refusals.items():
                 log.info("task %s is not ours to end: %s", group[index][0].id, reason)

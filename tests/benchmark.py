@@ -2,8 +2,8 @@
 figures of a shared machine are not worth much alone.
 
 Run it with `sudo bash run.sh bench [--tasks 30000] [--only drain,create] [--peer PYTHON]`: the
-table goes to stdout, its JSON to .run/benchmark.json, progress to stderr. PYTHON is an interpreter with
-fastapi, uvicorn and asyncpg, for the comparison of create-task."""
+table goes to stdout, its JSON to .run/benchmark.json, progress to stderr. PYTHON is an interpreter
+with fastapi, uvicorn and asyncpg, for the comparison of create-task."""
 
 import argparse
 import contextlib
