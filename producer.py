@@ -1,15 +1,12 @@
-"""The producer: serves the HTTP API over the table of tasks, dispatches random pending tasks to
-RabbitMQ from one background thread, and keeps the table in order from another.
+"""The producer: serves the HTTP API over the table of tasks and dispatches random pending tasks to
+RabbitMQ from a background thread.
 
 Run it with `python producer.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
 
-import contextlib
-import functools
 import hmac
 import itertools
 import json
 import logging
-import random
 import sys
 import threading
 import time
@@ -20,40 +17,30 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import bottle
-import pika
-import pika.exceptions
-from pika.adapters.blocking_connection import BlockingChannel
 
 import broker
 import database
 import http_server
 import states
+from dispatcher import Dispatcher, keep_house
+from group_commit import GroupCommit
 
 log = logging.getLogger("producer")
 
 HTTP_HOST = broker.setting("HTTP_HOST", "127.0.0.1")
 HTTP_PORT = broker.setting("HTTP_PORT", 8080, broker.number(0, 65535))
 API_TOKEN = broker.setting("API_TOKEN", "")
-QUEUE_LIMIT = broker.setting("QUEUE_LIMIT", 2000, broker.number(1, 10**7))
-RETENTION_DAYS = broker.setting("RETENTION_DAYS", 0, broker.number(0, 36500))
 
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_ELEMENTS = 10_000  # of an array in one call
-BATCH = 500
-BATCH_BYTES = 4 * 1024 * 1024
-EXPIRATION_MS = int(broker.SENT_TIMEOUT_SECONDS * 1000 / 2)
-IDLE_SECONDS = 1
-FULL_SECONDS = 0.02
-LOOK_SECONDS = 0.25  # how old the queue's length may be while only a few tasks are sent
 STALLED_SECONDS = 10
-HOUSEKEEPING_SECONDS = 0.5
 STOP_REQUESTS_SECONDS = 15
 CREATE_FIELDS = {"text", "taskId", "runAt"}
 
 
 app = bottle.Bottle()
 pool = database.Pool()
-creates = database.GroupCommit(pool)
+creates = GroupCommit(pool)
 stop = threading.Event()
 wake = threading.Event()  # something may be pending: the dispatcher need not wait
 
@@ -305,103 +292,6 @@ app.default_error_handler = answer_error
 app.install(answer_unavailable)
 
 
-class Dispatcher:
-    """Claims random pending tasks and feeds them to the broker, in a thread of its own.
-
-    The broker commits first and the database last: whatever fails between the two, the rows are
-    pending again and the message, if it is out, is a copy of the same attempt.
-    """
-
-    def __init__(self) -> None:
-        self.broker_state = "not connected yet"
-        self.turned_at = 0.0  # of time.monotonic(), the last turn without an error
-        self.returned = 0  # messages the broker could not route
-
-    def run(self) -> None:
-        """Dispatch until stop is set, through every outage of broker and database."""
-        name = broker.host_name("producer")
-        broker.keep_connected(name, stop, self.dispatch, database.UNAVAILABLE, self.tell)
-
-    def tell(self, state: str) -> None:
-        """Keep what /readyz says of the broker."""
-        self.broker_state = state
-
-    def dispatch(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
-        """Dispatch batch after batch over one broker and one database connection."""
-        channel.tx_select()
-        channel.add_on_return_callback(self.count_return)
-        with contextlib.closing(database.connect()) as session:
-            room, looked_at, pivot = 0, 0.0, 0.0
-            while not stop.is_set():
-                wake.clear()  # before the claim: a task that comes meanwhile sets it again
-                if room <= 0 or time.monotonic() - looked_at > LOOK_SECONDS:
-                    room = min(QUEUE_LIMIT - broker.count_waiting(channel), BATCH)
-                    looked_at = time.monotonic()
-                self.turned_at = time.monotonic()
-                if room <= 0:
-                    stop.wait(FULL_SECONDS)
-                    continue
-                sent = self.send_batch(connection, channel, session, pivot)
-                room -= sent
-                # What is left of a backlog is met at a random place; all there is needs no pivot.
-                pivot = random.random() if sent == BATCH else 0.0
-                if sent == 0:
-                    wake.wait(IDLE_SECONDS)
-
-    def send_batch(
-        self, connection: Any, channel: BlockingChannel, session: Any, pivot: float
-    ) -> int:
-        """Claim, publish and commit one batch; return its size. Any error leaves it pending."""
-        began = time.monotonic()
-        with session, session.cursor() as cursor:  # COMMIT at the end, ROLLBACK on any exception
-            tasks = database.claim_tasks(cursor, BATCH, BATCH_BYTES, pivot)
-            if tasks:
-                self.returned = 0
-                messages = [message(*task) for task in tasks]
-                broker.publish(connection, channel, messages, EXPIRATION_MS)
-                channel.tx_commit()
-                connection.process_data_events()  # only here does pika call count_return
-                if self.returned:
-                    raise pika.exceptions.AMQPError(f"{self.returned} messages had no queue")
-        if tasks:
-            log.info("dispatched %d tasks in %.3f s", len(tasks), time.monotonic() - began)
-        return len(tasks)
-
-    def count_return(self, *_: Any) -> None:
-        """Note a message that came back; its batch must not be committed."""
-        self.returned += 1
-
-
-def message(task_id: str, text: str, attempt: int) -> tuple[str, bytes]:
-    """Return a task as a message's id and body."""
-    body = {"id": task_id, "text": text, "attempt": attempt}
-    return task_id, json.dumps(body, ensure_ascii=False).encode()
-
-
-def keep_house() -> None:
-    """Release due tasks, rescue lost ones and delete old ones, in small steps until stop is set."""
-    rescue_at = 0.0
-    page = 0
-    while not stop.wait(HOUSEKEEPING_SECONDS):
-        try:
-            moved = pool.transaction(database.release_due)
-            if time.monotonic() >= rescue_at:
-                rescued = pool.transaction(database.rescue_lost)
-                if rescued:
-                    log.warning("rescued %d tasks that were sent and lost", rescued)
-                moved += rescued
-                rescue_at = time.monotonic() + broker.SENT_TIMEOUT_SECONDS / 20
-            if moved:
-                wake.set()
-            if RETENTION_DAYS:
-                work = functools.partial(database.sweep, page=page, days=RETENTION_DAYS)
-                page = pool.transaction(work)
-        except database.Unavailable as error:
-            log.debug("housekeeping waits for the database: %s", error)
-        except Exception:  # the top of a loop: nothing else would release or rescue
-            log.exception("housekeeping failed, next try in %s s", HOUSEKEEPING_SECONDS)
-
-
 def wait_for_schema() -> None:
     """Apply the schema as soon as the database lets us; say once that it does not."""
     for attempt in itertools.count():
@@ -420,13 +310,15 @@ def wait_for_schema() -> None:
                 return
 
 
-dispatcher = Dispatcher()
+dispatcher = Dispatcher(stop, wake)
 
 
 def start_background() -> None:
-    """Prepare the table, then dispatch; the thread that keeps house starts beside."""
+    """Prepare the table, start to keep house, then dispatch."""
     wait_for_schema()
-    threading.Thread(target=keep_house, name="housekeeper", daemon=True).start()
+    threading.Thread(
+        target=keep_house, args=(pool, stop, wake), name="housekeeper", daemon=True
+    ).start()
     dispatcher.run()
 
 

@@ -1,0 +1,77 @@
+"""Group commit for create-task: what arrives together is one INSERT and one COMMIT, so that one
+flush to disk serves it all. A single client pays nothing for it."""
+
+import threading
+from typing import Any
+
+import database
+
+GROUP_BYTES = 4 * 1024 * 1024
+
+
+class Waiter:
+    """A create under way; its gate is a lock held until somebody opens it."""
+
+    __slots__ = ("gate", "new", "outcome")
+
+    def __init__(self, new: database.NewTask) -> None:
+        self.new = new
+        self.gate = threading.Lock()
+        self.gate.acquire()
+        self.outcome: dict[str, Any] | Exception | None = None
+
+
+class GroupCommit:
+    """Creates that arrive together become one INSERT and one COMMIT: one flush to disk for all.
+
+    The first caller writes at once; who comes meanwhile waits, and one of them writes for the rest.
+    """
+
+    def __init__(self, pool: database.Pool) -> None:
+        self.pool = pool
+        self.lock = threading.Lock()
+        self.waiting: list[Waiter] = []
+        self.writing = False
+
+    def insert(self, new: database.NewTask) -> dict[str, Any]:
+        """Return the task, committed; the existing one if its id is taken."""
+        waiter = Waiter(new)
+        with self.lock:
+            self.waiting.append(waiter)
+            leads, self.writing = not self.writing, True
+        if not leads:
+            waiter.gate.acquire()  # opened with an outcome, or without one to take over the lead
+        if waiter.outcome is None:
+            self.write()
+        if isinstance(waiter.outcome, Exception):
+            raise waiter.outcome
+        return waiter.outcome
+
+    def write(self) -> None:
+        """Write what waits now, then hand the lead to the first of those that came meanwhile."""
+        with self.lock:
+            group = self.waiting[: fitting(self.waiting)]
+            self.waiting = self.waiting[len(group) :]
+        try:
+            new = [waiter.new for waiter in group]
+            tasks = self.pool.transaction(lambda cursor: database.insert_tasks(cursor, new))
+            for waiter in group:
+                waiter.outcome = tasks[waiter.new.id]
+        except Exception as error:  # every waiter raises it in its own thread
+            for waiter in group:
+                waiter.outcome = error
+        with self.lock:
+            self.writing = bool(self.waiting)
+            leader = self.waiting[:1]
+        for waiter in (*leader, *group):
+            waiter.gate.release()
+
+
+def fitting(waiting: list[Waiter]) -> int:
+    """Return how many of the waiting fit one group by bytes, at least one."""
+    size = 0
+    for count, waiter in enumerate(waiting):
+        size += len(waiter.new.text)
+        if size > GROUP_BYTES:
+            return max(count, 1)
+    return len(waiting)
