@@ -183,7 +183,6 @@ def up(project: Project) -> None:
             project.print_welcome()
         project.supervise()
     finally:
-        project.stop_asked = False  # a signal while stopping ends it at once only the second time
         project.stop()
         project.pid_file.unlink()
     print("stopped", flush=True)

@@ -46,12 +46,15 @@ http_port() {
   local port=${HTTP_PORT:-}
   if [ -z "$port" ] && [ -f .env ]; then port=$(sed -n 's/^HTTP_PORT=//p' .env | tail -n 1); fi
   port=${port:-8080}
-  [[ $port =~ ^[0-9]+$ ]] || fail "HTTP_PORT=$port is not valid: expected a port number"
+  if ! [[ $port =~ ^[0-9]{1,5}$ ]] || ((10#$port < 1 || 10#$port > 65535)); then
+    fail "HTTP_PORT=$port is not valid: expected a number from 1 to 65535"
+  fi
   echo "$port"
 }
 
 has_docker() {
-  command -v docker >/dev/null && docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
+  command -v docker >/dev/null && docker info >/dev/null 2>&1 &&
+    docker compose version >/dev/null 2>&1
 }
 
 compose() {
@@ -63,7 +66,8 @@ up_docker() {
   local port address
   port=$(http_port)
   export HTTP_PORT=$port
-  if [ -z "$(compose ps --quiet producer 2>/dev/null)" ] && (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+  if [ -z "$(compose ps --quiet producer 2>/dev/null)" ] &&
+    (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
     fail "port $port is taken: set HTTP_PORT to a free one"
   fi
   compose up --build --detach --wait
@@ -110,14 +114,20 @@ install_packages() {
   fi
   printf 'installing %s\n' "$*" >&2
   export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq >&2
-  apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@" >&2
-  rm -f "$policy"
-  trap - EXIT
+  apt-get update -qq >&2 || fail 'apt-get update failed, see above'
+  apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@" >&2 ||
+    fail "apt-get could not install $*, see above"
+  if [ -n "$(trap -p EXIT)" ]; then # the policy is ours: one that was there before stays
+    rm -f "$policy"
+    trap - EXIT
+  fi
 }
 
+# Makes the environment .run/$1 of the requirements files that follow. Tests have their own: a
+# service that runs beside them would lose its packages with a shared one.
 prepare_native() {
-  local missing=() python marker
+  local missing=() python marker venv=.run/$1
+  shift
   compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
   compgen -G '/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin' >/dev/null || missing+=(rabbitmq-server)
   find_python >/dev/null || missing+=(python3 python3-venv)
@@ -125,18 +135,18 @@ prepare_native() {
   python=$(find_python) || fail 'expected Python 3.11 or newer with venv'
   mkdir -p .run
   own .run
-  marker=.run/venv/$(cat "$@" | cksum | tr ' ' -)
+  marker=$venv/$(cat "$@" | cksum | tr ' ' -)
   if [ ! -e "$marker" ]; then
-    rm -rf .run/venv
-    "$python" -m venv .run/venv
-    .run/venv/bin/pip install --quiet --disable-pip-version-check "${@/#/-r}" >&2
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check "${@/#/-r}" >&2
     touch "$marker"
   fi
 }
 
 up_native() {
   http_port >/dev/null
-  prepare_native requirements.txt
+  prepare_native venv requirements.txt
   exec .run/venv/bin/python native.py
 }
 
@@ -146,23 +156,28 @@ down() {
 }
 
 main() {
-  cd "$PROJECT_ABSOLUTE_PATH" 2>/dev/null || fail "PROJECT_ABSOLUTE_PATH=$PROJECT_ABSOLUTE_PATH: no such folder"
-  [ -f producer.py ] || fail "PROJECT_ABSOLUTE_PATH=$PROJECT_ABSOLUTE_PATH: expected producer.py there"
+  local root="PROJECT_ABSOLUTE_PATH=$PROJECT_ABSOLUTE_PATH"
+  cd "$PROJECT_ABSOLUTE_PATH" 2>/dev/null || fail "$root: no such folder"
+  [ -f producer.py ] || fail "$root: expected producer.py there"
   local command=${1:-}
   case "$command" in
     '' | --docker | --native)
       [ $# -le 1 ] || fail "unexpected ${*:2}"
       make_env
-      if [ "$command" = --docker ] || { [ -z "$command" ] && has_docker; }; then up_docker; else up_native; fi
+      if [ "$command" = --docker ] || { [ -z "$command" ] && has_docker; }; then
+        up_docker
+      else
+        up_native
+      fi
       ;;
     down) down ;;
     test)
-      prepare_native requirements.txt requirements-test.txt
-      exec .run/venv/bin/python -m pytest "${@:2}"
+      prepare_native venv-test requirements.txt requirements-test.txt
+      exec .run/venv-test/bin/python -m pytest "${@:2}"
       ;;
     bench)
-      prepare_native requirements.txt requirements-test.txt
-      exec .run/venv/bin/python tests/benchmark.py "${@:2}"
+      prepare_native venv-test requirements.txt requirements-test.txt
+      exec .run/venv-test/bin/python tests/benchmark.py "${@:2}"
       ;;
     -h | --help) usage ;;
     *)

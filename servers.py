@@ -72,6 +72,14 @@ class Process:
                 start_new_session=True,
             )
 
+    def tied(self, command: list[str]) -> list[str]:
+        """Return the command that also gets its stop signal when the parent dies, even by SIGKILL.
+
+        An orphaned server would hold its port and data against every later start. The kernel
+        watches the thread that started the child: start none from a thread that ends before it.
+        """
+        return ["setpriv", f"--pdeathsig={self.stop_signal.name}", *command]
+
     def wait_until(self, is_ready: Callable[[], bool]) -> None:
         """Wait for a server to answer; raise with the end of its log if it does not."""
         deadline = time.monotonic() + START_SECONDS
@@ -141,7 +149,9 @@ class Postgres(Process):
             "unix_socket_directories": "",
         }
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        self.spawn([*self.user(), f"{self.bin}/postgres", "-D", str(self.data), *options], env={})
+        server = [f"{self.bin}/postgres", "-D", str(self.data), *options]
+        # The kernel forgets the tie when the user changes, so it comes after that.
+        self.spawn([*self.user(), *self.tied(server)], env={})
         probe = [f"{self.bin}/pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         self.wait_until(lambda: subprocess.run(probe).returncode == 0)
 
@@ -237,11 +247,19 @@ class Rabbit(Process):
     def start(self) -> None:
         """Start the name server and the node, and wait until it speaks AMQP."""
         self.end_epmd()
-        epmd = [find_epmd(), "-port", self.env["ERL_EPMD_PORT"], "-address", "127.0.0.1"]
+        epmd = [
+            "setpriv",
+            "--pdeathsig=KILL",
+            find_epmd(),
+            "-port",
+            self.env["ERL_EPMD_PORT"],
+            "-address",
+            "127.0.0.1",
+        ]
         self.epmd = subprocess.Popen(
             epmd, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        self.spawn([f"{self.sbin}/rabbitmq-server"], self.env, self.folder)
+        self.spawn(self.tied([f"{self.sbin}/rabbitmq-server"]), self.env, self.folder)
         self.wait_until(self.speaks_amqp)
 
     def speaks_amqp(self) -> bool:
@@ -292,7 +310,7 @@ class Service(Process):
     def start(self) -> None:
         """Start the script; it may need a moment until it answers."""
         env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
-        self.spawn([sys.executable, str(HERE / self.script)], env)
+        self.spawn(self.tied([sys.executable, str(HERE / self.script)]), env)
 
 
 def postgres_bin() -> str:

@@ -146,8 +146,9 @@ def own(server_classes: tuple, tmp_path: pathlib.Path, postgres: Any) -> Iterato
 
 
 def test_a_killed_broker_comes_back_with_what_it_had(own: Stack, runs: pathlib.Path) -> None:
-    producer = own.producer()
-    consumer = own.consumer(**handler(runs))
+    # A node killed in the first seconds of a queue may come back without it: then they are rescued.
+    producer = own.producer(SENT_TIMEOUT_SECONDS=30)
+    consumer = own.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=30))
     ids = own.create(*[f"sleep=0.01 {index}" for index in range(1500)])
     until(lambda: own.counts().get("success", 0) > 100)
     own.rabbit.kill()
