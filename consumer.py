@@ -87,6 +87,7 @@ class Link:
         self.channel.basic_qos(prefetch_count=count)
         self.subscriptions.append(self.channel.basic_consume(broker.QUEUE, self.on_message))
         self.window += count
+        log.debug("window is now %d", self.window)
 
     def narrow(self, count: int) -> None:
         """Go back to the first subscription, of count messages. What comes meanwhile, pika sends
@@ -94,6 +95,7 @@ class Link:
         while len(self.subscriptions) > 1:
             self.channel.basic_cancel(self.subscriptions.pop())
         self.window = count
+        log.debug("window is now %d", self.window)
 
     def on_message(self, channel: BlockingChannel, method: Any, _: Any, body: bytes) -> None:
         """Take a delivery; what is not a task of ours goes to the dead letters."""

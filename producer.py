@@ -38,7 +38,7 @@ STOP_REQUESTS_SECONDS = 15
 CREATE_FIELDS = {"text", "taskId", "runAt"}
 
 
-app = bottle.Bottle()
+app = bottle.Bottle(autojson=False)  # answers are made by answer()
 pool = database.Pool()
 creates = GroupCommit(pool)
 stop = threading.Event()
