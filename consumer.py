@@ -149,6 +149,7 @@ class Consumer:
         self.pace = 0.0  # seconds a task takes a worker, a moving average
         self.adjust_at = 0.0
         self.healthy_at = 0.0
+        self.deadline = 0.0  # of time.monotonic(), for what runs to end
 
     def consume(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
         """Take deliveries over one connection until stop; raise when the broker takes it away."""
@@ -159,13 +160,17 @@ class Consumer:
                 self.turn(link, broker.TURN_SECONDS)
             for subscription in link.subscriptions:
                 channel.basic_cancel(subscription)
-            self.hand.stop()
-            deadline = time.monotonic() + broker.STOP_SECONDS
-            while not self.hand.is_quiet() and time.monotonic() < deadline:
+            while not self.is_over():
                 self.turn(link, REPORT_TURN_SECONDS)
             connection.process_data_events()  # the last acks; the broker returns the rest
         finally:
             self.hand.forget(link)
+
+    def is_over(self) -> bool:
+        """Let nothing start any more; tell whether all is reported, or the time for it is up."""
+        self.deadline = self.deadline or time.monotonic() + broker.STOP_SECONDS
+        self.hand.stop()
+        return self.hand.is_quiet() or time.monotonic() > self.deadline
 
     def turn(self, link: Link, seconds: float) -> None:
         """Let the connection work for a moment; take in what came; keep the window right."""
@@ -226,12 +231,11 @@ def main() -> None:
             target=workers.work, args=(hand, process), name=f"worker-{number}", daemon=True
         ).start()
     log.info("consuming with %d workers", CONCURRENCY)
-    broker.keep_connected(broker.host_name("consumer"), stop, Consumer(stop, hand).consume)
-    hand.stop()  # the broker may have been away when the signal came
-    deadline = time.monotonic() + broker.STOP_SECONDS
-    while not hand.is_quiet() and time.monotonic() < deadline:
+    consumer = Consumer(stop, hand)
+    broker.keep_connected(broker.host_name("consumer"), stop, consumer.consume)
+    while not consumer.is_over():  # the broker may have been away when the signal came
         time.sleep(REPORT_TURN_SECONDS)
-    watcher.join(max(0, deadline - time.monotonic()))
+    watcher.join(max(0, consumer.deadline - time.monotonic()))
     log.info("stopped")
 
 

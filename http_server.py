@@ -3,6 +3,7 @@
 wsgiref's own server answers one HTTP/1.0 request per connection; this one reads the whole request
 first, so that no answer, early or late, can put a kept connection out of step (RFC 9112)."""
 
+import contextlib
 import functools
 import io
 import json
@@ -22,6 +23,9 @@ log = logging.getLogger("http")
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_BODY_BYTES = 16 * 1024 * 1024
+# A body takes six times its size while it is parsed and stored: large ones wait for each other.
+LARGE_BODY_BYTES = 1024 * 1024
+LARGE_AT_ONCE = 4
 MAX_CONNECTIONS = 512
 IDLE_SECONDS = 75  # a kept connection without a request
 HEAD_SECONDS = 10  # from the first byte of a request to the end of its head
@@ -86,15 +90,18 @@ class Connection(socketserver.BaseRequestHandler):
     def answer(self) -> bool:
         """Read one request, run the application, send its answer; say whether to go on."""
         try:
-            environ, keep = self.read_request()
+            environ = self.read_head()
+            size = body_size(environ)
+            with self.server.large if size > LARGE_BODY_BYTES else contextlib.nullcontext():
+                environ["wsgi.input"] = io.BytesIO(self.read_body(environ, size))
+                status, headers, body = run(self.server.app, environ)
         except Refused as refused:
             body = json.dumps({"error": str(refused)}).encode()
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
             self.send(refused.status, headers, body, keep=False)
             self.drain()
             return False
-        status, headers, body = run(self.server.app, environ)
-        keep = keep and not self.server.stopping.is_set()
+        keep = wants_more(environ) and not self.server.stopping.is_set()
         self.send(status, headers, b"" if environ["REQUEST_METHOD"] == "HEAD" else body, keep)
         return keep
 
@@ -109,31 +116,18 @@ class Connection(socketserver.BaseRequestHandler):
             raise Closed("closed by the client")
         self.received += data
 
-    def read_request(self) -> tuple[dict[str, Any], bool]:
-        """Return the next request's WSGI environ and whether the client keeps the connection."""
+    def read_head(self) -> dict[str, Any]:
+        """Return the next request's WSGI environ, without its body."""
         deadline = time.monotonic() + HEAD_SECONDS
         while (end := self.received.find(b"\r\n\r\n")) < 0 and len(self.received) <= MAX_HEAD_BYTES:
             self.receive(deadline)
         if not 0 <= end <= MAX_HEAD_BYTES:
             raise Refused("431 Request Header Fields Too Large", "the head is over 32 KiB")
         head, self.received = self.received[:end], self.received[end + 4 :]
-        environ = self.base | parse_head(head.decode("latin-1"))
-        environ["wsgi.input"] = io.BytesIO(self.read_body(environ))
-        connection = environ.get("HTTP_CONNECTION", "").lower()
-        if environ["SERVER_PROTOCOL"] == "HTTP/1.0":
-            return environ, "keep-alive" in connection
-        return environ, "close" not in connection
+        return self.base | parse_head(head.decode("latin-1"))
 
-    def read_body(self, environ: dict[str, Any]) -> bytes:
+    def read_body(self, environ: dict[str, Any], size: int) -> bytes:
         """Return the request's whole body, saying 100 Continue to a client that waits for it."""
-        if "HTTP_TRANSFER_ENCODING" in environ:
-            raise Refused("411 Length Required", "expected a Content-Length, not a chunked body")
-        length = environ.get("CONTENT_LENGTH", "0")
-        if not (length.isascii() and length.isdigit()):
-            raise Refused("400 Bad Request", "Content-Length: expected a number of bytes")
-        size = int(length) if len(length) < 20 else MAX_BODY_BYTES + 1
-        if size > MAX_BODY_BYTES:
-            raise Refused("413 Content Too Large", "expected a body of at most 16 MiB")
         if len(self.received) < size and environ.get("HTTP_EXPECT", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + BODY_SECONDS
@@ -192,6 +186,27 @@ def parse_head(head: str) -> dict[str, Any]:
     return environ
 
 
+def body_size(environ: dict[str, Any]) -> int:
+    """Return how many bytes of body follow the head; raise Refused if they cannot be read."""
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        raise Refused("411 Length Required", "expected a Content-Length, not a chunked body")
+    length = environ.get("CONTENT_LENGTH", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise Refused("400 Bad Request", "Content-Length: expected a number of bytes")
+    size = int(length) if len(length) < 20 else MAX_BODY_BYTES + 1
+    if size > MAX_BODY_BYTES:
+        raise Refused("413 Content Too Large", "expected a body of at most 16 MiB")
+    return size
+
+
+def wants_more(environ: dict[str, Any]) -> bool:
+    """Tell whether the client keeps the connection."""
+    connection = environ.get("HTTP_CONNECTION", "").lower()
+    if environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+        return "keep-alive" in connection
+    return "close" not in connection
+
+
 def run(app: Callable[..., Any], environ: dict[str, Any]) -> tuple[str, list, bytes]:
     """Call a WSGI application and collect its whole answer; 500 in JSON if it raises."""
     answer: list[Any] = []
@@ -232,6 +247,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.app = app
         self.stopping = threading.Event()
         self.busy: set[Connection] = set()  # connections with a request under way
+        self.large = threading.BoundedSemaphore(LARGE_AT_ONCE)
         self.places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         if ":" in host:
             self.address_family = socket.AF_INET6
