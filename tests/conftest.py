@@ -2,6 +2,7 @@
 and fresh queues for each test, and the project's own scripts as processes."""
 
 import contextlib
+import os
 import pathlib
 import sys
 import time
@@ -20,6 +21,10 @@ import servers
 from tests import containers
 
 TIMEOUT_SECONDS = 60
+
+# What the developer's shell or run.sh has set must not reach the processes under test.
+for name in ("PROJECT_ABSOLUTE_PATH", "API_TOKEN", "HTTP_HOST", "HTTP_PORT", "REGISTRY", "TAG"):
+    os.environ.pop(name, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
