@@ -1,7 +1,9 @@
 """Handlers that the tests give to consumers, HANDLER=handlers:NAME; each run is a line in RUNS."""
 
+import mmap
 import os
 import pathlib
+import struct
 import time
 
 
@@ -35,5 +37,17 @@ def fail_twice(text: str) -> str:
     return f"run {runs}"
 
 
-def nothing(text: str) -> None:
-    """Do no work: the benchmark's handler."""
+def count(text: str) -> None:
+    """Do no work but count it in COUNTS, a file of this process's own: the benchmark's handler."""
+    global counted, counts
+    if counts is None:
+        path = pathlib.Path(os.environ["COUNTS"]) / str(os.getpid())
+        path.write_bytes(bytes(8))
+        with path.open("r+b") as file:
+            counts = mmap.mmap(file.fileno(), 8)
+    counted += 1
+    struct.pack_into("q", counts, 0, counted)
+
+
+counted = 0
+counts: mmap.mmap | None = None
