@@ -58,13 +58,15 @@ def amqp_urls(value: str) -> list[str]:
 
 URLS = setting("RABBITMQ_URL", ["amqp://tasks:tasks@127.0.0.1:5672/%2F"], amqp_urls)
 # A message waits at most half of this, and consumers touch what they hold every quarter, so that
-# a row untouched for the whole of it has neither a message nor a living consumer.
-SENT_TIMEOUT_SECONDS = setting("SENT_TIMEOUT_SECONDS", 3600.0, number(1, 10**7, float))
+# a row untouched for the whole of it has neither a message nor a living consumer. Half of it, in
+# milliseconds, must fit the 32 bits of an expiration.
+SENT_TIMEOUT_SECONDS = setting("SENT_TIMEOUT_SECONDS", 3600.0, number(1, 8 * 10**6, float))
 LOG_LEVEL = setting("LOG_LEVEL", "INFO", str.upper)
 
 QUEUE = EXCHANGE = ROUTING_KEY = "tasks"
 DEAD_LETTER_EXCHANGE = "tasks.dlx"
 DEAD_LETTER_QUEUE = "tasks.dlq"
+SUSPECT = "suspect"  # header of a message whose attempt a consumer has held before
 
 # "Never" for a broker that counts deliveries or milliseconds. The row counts a task's deaths, and
 # -1 means at once on RabbitMQ 3.10. https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling
@@ -108,10 +110,11 @@ def count_waiting(channel: BlockingChannel) -> int:
 def publish(
     connection: pika.BlockingConnection,
     channel: BlockingChannel,
-    messages: list[tuple[str, bytes]],
+    messages: list[tuple[str, bytes, bool]],
     expiration_ms: int,
 ) -> None:
-    """Put (message id, body) pairs into the channel's open transaction, in one write to the socket.
+    """Put (message id, body, is a suspect) triples into the channel's open transaction, in one
+    write to the socket.
 
     basic_publish() polls and sends three times a message, half of a dispatcher's time. The frames
     here are pika's own; only their way out, and the largest body a frame may have, is not public.
@@ -125,8 +128,9 @@ def publish(
     )
     publish_frame = pika.frame.Method(number, method).marshal()
     frames = []
-    for message_id, body in messages:
+    for message_id, body, suspect in messages:
         properties.message_id = message_id
+        properties.headers = {SUSPECT: True} if suspect else None
         frames += publish_frame, pika.frame.Header(number, len(body), properties).marshal()
         for start in range(0, len(body), limit):
             frames.append(pika.frame.Body(number, body[start : start + limit]).marshal())
@@ -217,7 +221,7 @@ def close(connection: pika.BlockingConnection | None) -> None:
 
 
 def start_logging() -> None:
-    """Log to stderr, pika and urllib3 only from WARNING on: they repeat what is logged here."""
+    """Log to stderr, without what pika and urllib3 say: it is logged here once, and shorter."""
     try:
         logging.basicConfig(
             level=LOG_LEVEL,

@@ -97,19 +97,19 @@ class Link:
         self.window = count
         log.debug("window is now %d", self.window)
 
-    def on_message(self, channel: BlockingChannel, method: Any, _: Any, body: bytes) -> None:
+    def on_message(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """Take a delivery; what is not a task of ours goes to the dead letters."""
         self.open[method.delivery_tag] = None
         try:
             message = json.loads(body)
             task = workers.Task(message["id"], message["text"], message["attempt"], len(body))
-            if not (isinstance(task.id, str) and isinstance(task.text, str)):
-                raise TypeError("id and text: expected strings")
+            if (type(task.id), type(task.text), type(task.attempt)) != (str, str, int):
+                raise TypeError("expected id and text as strings, attempt as an integer")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("dead-lettered a message that is no task (%s): %r", error, body[:80])
             self.settle({method.delivery_tag: workers.DEAD_LETTER})
             return
-        task.suspect = method.redelivered
+        task.suspect = method.redelivered or broker.SUSPECT in (properties.headers or {})
         task.deliveries.append((self, method.delivery_tag))
         self.arrived.append(task)
 
@@ -180,9 +180,11 @@ class Consumer:
             self.hand.admit(link.arrived)
             link.arrived = []
         now = time.monotonic()
-        if not PREFETCH and now >= self.adjust_at and not self.stop.is_set():
+        if now >= self.adjust_at and not self.stop.is_set():
             self.adjust_at = now + ADJUST_SECONDS
-            self.adjust(link)
+            if not PREFETCH:
+                self.adjust(link)
+            self.hand_back(link)
         if HEALTH_FILE and now >= self.healthy_at:
             self.healthy_at = now + HEALTH_SECONDS
             HEALTH_FILE.touch()
@@ -205,9 +207,12 @@ class Consumer:
                 link.widen(target - link.window)
             elif 2 * target <= link.window and len(link.open) >= link.window:
                 link.narrow(CONCURRENCY)
-        if stuck := self.hand.take_stuck(CONCURRENCY):
+
+    def hand_back(self, link: Link) -> None:
+        """Return to the broker what waits behind long tasks: another consumer may be idle."""
+        if stuck := self.hand.take_stuck(CONCURRENCY, patient=PREFETCH > 0):
             log.info("handed back %d tasks that waited behind long ones", len(stuck))
-            link.narrow(CONCURRENCY)
+            link.narrow(PREFETCH or CONCURRENCY)
             tags = [tag for task in stuck for _, tag in task.deliveries]
             link.settle(dict.fromkeys(tags, workers.REQUEUE))
 
@@ -219,8 +224,9 @@ def main() -> None:
     stop = threading.Event()
     broker.stop_on_signals(stop)
     hand = workers.Hand()
+    watched = threading.Event()  # after the last failed task became a dead letter
     watcher = threading.Thread(
-        target=dlq_watcher.Watcher(stop).run, name="dlq_watcher", daemon=True
+        target=dlq_watcher.Watcher(watched).run, name="dlq_watcher", daemon=True
     )
     watcher.start()
     threading.Thread(
@@ -235,6 +241,7 @@ def main() -> None:
     broker.keep_connected(broker.host_name("consumer"), stop, consumer.consume)
     while not consumer.is_over():  # the broker may have been away when the signal came
         time.sleep(REPORT_TURN_SECONDS)
+    watched.set()
     watcher.join(max(0, consumer.deadline - time.monotonic()))
     log.info("stopped")
 

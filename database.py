@@ -3,7 +3,6 @@ imports it, and every function that takes a cursor runs inside the caller's tran
 
 import json
 import logging
-import os
 import select
 import threading
 import time
@@ -21,10 +20,21 @@ import states
 
 log = logging.getLogger("database")
 
-URL = os.environ.get("DATABASE_URL") or "postgresql://tasks:tasks@127.0.0.1:5432/tasks"
-CONNECTIONS = 16  # for HTTP; the dispatcher and the housekeeper have one more each
+
+def dsn(value: str) -> str:
+    """Check a libpq URL or key=value string."""
+    try:
+        psycopg2.extensions.parse_dsn(value)
+    except psycopg2.ProgrammingError as error:
+        raise ValueError(f"expected postgresql://user:password@host:port/name: {error}") from None
+    return value
+
+
+URL = broker.setting("DATABASE_URL", "postgresql://tasks:tasks@127.0.0.1:5432/tasks", dsn)
+CONNECTIONS = 16  # for HTTP and the housekeeper; each lane of the dispatcher has one more
 CONNECTION_WAIT_SECONDS = 2  # for a free one, then 503
 REPEAT_SECONDS = 5  # a transaction that failed later than this is not tried again
+CONNECT_SECONDS = 3  # for each host
 REPLY_SECONDS = 15  # longer than statement_timeout: only a frozen server is silent for so long
 # The planner must not choose by stale statistics: a queue's table is empty now and full soon.
 SERVER_OPTIONS = (
@@ -58,7 +68,7 @@ SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[]
 # arrival order would deadlock two groups.
 LOCK_TASKS = """
 SELECT id, status, attempt, failures, starts, start_token, held,
-    extract(epoch FROM clock_timestamp() - sent_at)::float8
+    extract(epoch FROM clock_timestamp() - greatest(sent_at, touched_at))::float8
 FROM tasks
 WHERE id = ANY(%(ids)s::uuid[])
 ORDER BY id
@@ -76,10 +86,11 @@ SET status = new.status,
     result = CASE WHEN new.status = 'success' THEN new.result END,
     error = CASE WHEN new.status <> 'success' THEN coalesce(new.error, tasks.error) END,
     run_at = coalesce(now() + make_interval(secs => new.delay), tasks.run_at),
-    sent_at = CASE
-        WHEN new.status = 'pending' THEN NULL
+    sent_at = CASE WHEN new.status <> 'pending' THEN tasks.sent_at END,
+    touched_at = CASE
+        WHEN new.attempt <> tasks.attempt THEN NULL
         WHEN new.touched THEN now()
-        ELSE tasks.sent_at
+        ELSE tasks.touched_at
     END,
     finished_at = CASE WHEN new.status IN ('success', 'error') THEN now() END
 FROM json_to_recordset(%(rows)s) AS new (
@@ -106,7 +117,7 @@ UPDATE tasks
 SET status = 'sent', sent_at = now()
 FROM measured
 WHERE tasks.id = measured.id AND bytes_before < %(bytes)s
-RETURNING tasks.id, tasks.text, tasks.attempt
+RETURNING tasks.id, tasks.text, tasks.attempt, tasks.touched_at IS NOT NULL
 """
 
 RELEASE_DUE_TASKS = """
@@ -127,7 +138,8 @@ UPDATE tasks
 SET status = 'pending', sent_at = NULL
 WHERE id = ANY(ARRAY(
     SELECT id FROM tasks
-    WHERE status = 'sent' AND sent_at < now() - make_interval(secs => %(seconds)s)
+    WHERE status = 'sent'
+        AND greatest(sent_at, touched_at) < now() - make_interval(secs => %(seconds)s)
     LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED
 ))
@@ -169,30 +181,52 @@ class Unavailable(Exception):
 
 
 def wait_for_reply(connection: psycopg2.extensions.connection) -> None:
-    """Wait until the server has answered, at most REPLY_SECONDS: TCP time-outs do not fire for a
-    frozen server whose kernel still acknowledges. psycopg2 closes the connection if this raises."""
+    """Wait until the server has answered: TCP time-outs do not fire for a frozen server whose
+    kernel still acknowledges. psycopg2 closes the connection if this raises."""
     poller = select.poll()
-    deadline = time.monotonic() + REPLY_SECONDS
+    connecting = connection.status == psycopg2.extensions.STATUS_SETUP
+    seconds = CONNECT_SECONDS if connecting else REPLY_SECONDS
+    deadline = time.monotonic() + seconds
     while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
         reading = state == psycopg2.extensions.POLL_READ
         poller.register(connection.fileno(), select.POLLIN if reading else select.POLLOUT)
         if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
-            raise psycopg2.OperationalError(f"no reply in {REPLY_SECONDS} seconds")
+            raise psycopg2.OperationalError(f"no reply in {seconds} seconds")
+
+
+def hosts(parameters: dict[str, str]) -> list[dict[str, str]]:
+    """Return what tells each host of a URL from the others: with a wait callback libpq would wait
+    for a silent first one for ever, and never reach the second."""
+    lists = {
+        name: parameters[name].split(",")
+        for name in ("host", "hostaddr", "port")
+        if name in parameters
+    }
+    count = max((len(values) for values in lists.values()), default=1)
+    return [
+        {name: values[index if len(values) > 1 else 0] for name, values in lists.items()}
+        for index in range(count)
+    ]
 
 
 def connect() -> psycopg2.extensions.connection:
-    """Open a connection; the URL's own options and several hosts are honoured."""
+    """Connect to the first host that will have us; the URL's own options are honoured."""
     psycopg2.extensions.set_wait_callback(wait_for_reply)
-    options = psycopg2.extensions.parse_dsn(URL).get("options", "")
-    return psycopg2.connect(
-        URL,
-        application_name="tasks-producer",
-        options=f"{SERVER_OPTIONS} {options}",
-        keepalives_idle=30,
-        keepalives_interval=10,
-        keepalives_count=3,
-        tcp_user_timeout=30_000,
-    )
+    parameters = psycopg2.extensions.parse_dsn(URL) | {
+        "application_name": "tasks-producer",
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,
+    }
+    parameters["options"] = f"{SERVER_OPTIONS} {parameters.get('options', '')}"
+    reasons = []
+    for host in hosts(parameters):
+        try:
+            return psycopg2.connect(**(parameters | host))
+        except psycopg2.OperationalError as error:
+            reasons.append(str(error).strip())
+    raise psycopg2.OperationalError("; ".join(reasons))
 
 
 class Pool:
@@ -308,10 +342,12 @@ def apply_reports(cursor: Any, reports: list[states.Report]) -> list[states.Refu
     return verdicts
 
 
-def claim_tasks(cursor: Any, limit: int, size: int, pivot: float) -> list[tuple[str, str, int]]:
-    """Mark random pending tasks as sent, at most limit and about size bytes; return id, text and
-    attempt of each."""
-    claimed: list[tuple[str, str, int]] = []
+def claim_tasks(
+    cursor: Any, limit: int, size: int, pivot: float
+) -> list[tuple[str, str, int, bool]]:
+    """Mark random pending tasks as sent, at most limit and about size bytes; return id, text,
+    attempt, and whether a consumer has held this attempt before, of each."""
+    claimed: list[tuple[str, str, int, bool]] = []
     for low, high in ((pivot, 1), (0, pivot)):
         if len(claimed) < limit and low < high:
             bounds = {"low": low, "high": high, "limit": limit - len(claimed), "bytes": size}

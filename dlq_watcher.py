@@ -28,11 +28,13 @@ def http_url(value: str) -> str:
 PRODUCER_URL = broker.setting("PRODUCER_URL", "http://127.0.0.1:8080", http_url)
 API_TOKEN = broker.setting("API_TOKEN", "")
 
-# These pass by themselves or when an operator has mended something: nothing is lost by waiting.
-TEMPORARY_STATUSES = {401, 403, 408, 429}
+# The producer's own words for a report that it will never take. Anything else, a 404 of some other
+# server too, passes by itself or when an operator has mended something: nothing is lost by waiting.
+FINAL_STATUSES = {400, 409, 413}
 CONNECT_SECONDS = 3
 REPLY_SECONDS = 30  # longer than the producer may take, or the same report goes out twice
 PREFETCH = 500
+LAST_LETTERS_SECONDS = 2
 LOGGED_BYTES = 80
 
 
@@ -57,7 +59,7 @@ class Reports:
         """PUT reports as one array; return why some were refused, by index. Raise Unavailable.
 
         A refused array is split until the refused element stands alone, so that one bad report
-        holds up no other; its refusal is final.
+        holds up no other; its refusal, if it is the producer's, is final.
         """
         self.request.prepare_body(json.dumps(reports).encode(), None)
         try:
@@ -67,7 +69,7 @@ class Reports:
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise Unavailable(f"{PRODUCER_URL}: {error}") from error
         status, reason = answer.status_code, answer.text[:200]
-        if status >= 500 or status < 400 or status in TEMPORARY_STATUSES:
+        if status not in FINAL_STATUSES or not reason.startswith('{"error":'):
             raise Unavailable(f"{PRODUCER_URL} answered {status}: {reason}")
         if len(reports) == 1:
             return {0: f"{status}: {reason}"}
@@ -106,9 +108,11 @@ def parse_dead_letter(properties: pika.BasicProperties, body: bytes) -> dict[str
         return None
     if not isinstance(task_id, str) or type(attempt) is not int:
         return None
-    deaths = (properties.headers or {}).get("x-death") or [{}]
-    report = {"taskId": task_id, "attempt": attempt, "taskStatus": "error"}
-    return report | {"reason": str(deaths[0].get("reason", "rejected"))}
+    try:
+        reason = str(properties.headers["x-death"][0]["reason"])
+    except (KeyError, TypeError, IndexError):  # put there by somebody else than the broker
+        reason = "rejected"
+    return {"taskId": task_id, "attempt": attempt, "taskStatus": "error", "reason": reason}
 
 
 class Watcher:
@@ -131,10 +135,15 @@ class Watcher:
         channel.basic_qos(prefetch_count=PREFETCH)
         channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter)
         backoff = Backoff()
-        while not self.stop.is_set():
+        stop_at = None  # of time.monotonic(), the latest; sooner when no letter comes any more
+        while stop_at is None or time.monotonic() < stop_at:
+            if stop_at is None and self.stop.is_set():
+                stop_at = time.monotonic() + LAST_LETTERS_SECONDS
             connection.process_data_events(0 if self.letters else broker.TURN_SECONDS)
             broker.check(channel, self.cancelled)
             if not self.letters:
+                if stop_at is not None:
+                    return
                 continue
             try:
                 count = self.report()
@@ -142,6 +151,8 @@ class Watcher:
                 channel.basic_ack(self.letters[count - 1][0], multiple=True)
                 del self.letters[:count]
             except Unavailable as error:
+                if stop_at is not None:
+                    return  # the letters go back to their queue
                 self.pause(connection, backoff.failed(error))
 
     def report(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import bottle
+import psycopg2
 
 import broker
 import database
@@ -298,7 +299,7 @@ def wait_for_schema() -> None:
         try:
             pool.transaction(database.apply_schema)
             return
-        except database.Unavailable as error:
+        except (database.Unavailable, psycopg2.Error) as error:  # no right to CREATE, too
             delay = min(broker.FIRST_DELAY_SECONDS * 2**attempt, broker.LAST_DELAY_SECONDS)
             log.log(
                 logging.DEBUG if attempt else logging.WARNING,
@@ -319,7 +320,10 @@ def start_background() -> None:
     threading.Thread(
         target=keep_house, args=(pool, stop, wake), name="housekeeper", daemon=True
     ).start()
+    second = threading.Thread(target=dispatcher.assist, name="dispatcher-2", daemon=True)
+    second.start()
     dispatcher.run()
+    second.join()
 
 
 def main() -> None:

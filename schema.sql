@@ -34,8 +34,9 @@ CREATE TABLE IF NOT EXISTS tasks (
     error       text,
     run_at      timestamptz,
     created_at  timestamptz      NOT NULL DEFAULT now(),
-    -- When it was sent, or when its consumer last said that it holds it.
     sent_at     timestamptz,
+    -- When a consumer last said that it holds this attempt: sent again, it is a suspect.
+    touched_at  timestamptz,
     finished_at timestamptz,
     CONSTRAINT tasks_pkey PRIMARY KEY (id),
     CONSTRAINT tasks_attempt_is_positive CHECK (attempt >= 1),
@@ -54,6 +55,6 @@ CREATE INDEX IF NOT EXISTS tasks_pending ON tasks (pick) WHERE status = 'pending
 -- RELEASE_DUE_TASKS finds the held rows whose time has come.
 CREATE INDEX IF NOT EXISTS tasks_held ON tasks (run_at) WHERE held;
 
--- RESCUE_LOST_TASKS reads every sent row, a few thousand; sent_at stays unindexed, so that a
--- consumer's touch moves no index entry.
+-- RESCUE_LOST_TASKS reads every sent row, a few thousand; the times stay unindexed, so that a touch
+-- by a consumer moves no index entry.
 CREATE INDEX IF NOT EXISTS tasks_sent ON tasks (id) WHERE status = 'sent';

@@ -291,6 +291,10 @@ class Rabbit(Process):
         self.end_epmd()
         return code
 
+    def wipe(self) -> None:
+        """Delete all that the stopped node has stored."""
+        shutil.rmtree(self.folder / "mnesia")
+
     def end_epmd(self) -> None:
         """End the name server and reap it."""
         if self.epmd is not None:

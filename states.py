@@ -46,7 +46,7 @@ class Report:
 
 @dataclass(slots=True)
 class Row:
-    """A locked row as the rules see it; age is in seconds since sent_at."""
+    """A locked row as the rules see it; age is in seconds since it was sent or touched."""
 
     id: str
     status: str
@@ -156,7 +156,7 @@ def judge(row: Row, report: Report) -> Refusal | None:
         row.error = report.error or "cancelled"
     elif report.reason in (None, "rejected"):
         fail(row, report.error)
-    elif row.status == "sent" and not is_fresh(row, report):
+    elif row.status == "sent" and not is_held(row, report):
         change(row, "pending")
     return None
 
@@ -190,8 +190,9 @@ def fail(row: Row, error: str | None) -> None:
     row.held = row.delay > 0
 
 
-def is_fresh(row: Row, report: Report) -> bool:
-    """Tell whether a row was sent or touched after the message that expired was published."""
+def is_held(row: Row, report: Report) -> bool:
+    """Tell whether a row was sent or touched after the message that expired was published: there
+    is another message, or a consumer that runs it still. If that died, the rescue finds out."""
     return (
         report.reason == "expired"
         and row.age is not None

@@ -22,9 +22,11 @@ log = logging.getLogger("workers")
 REPORT_SECONDS = 0.05  # between two reports while there is more to do
 TOUCH_SECONDS = broker.SENT_TIMEOUT_SECONDS / 4
 STUCK_SECONDS = 2  # unstarted for so long behind a busy worker: somebody else may be idle
+URGENT_SECONDS = 5  # so long a suspect may wait for a quiet moment where it is not handed back
 MAX_GROUP = 1000  # reports in one PUT
 MAX_GROUP_BYTES = 1024 * 1024
 MAX_OUTCOME_BYTES = 64 * 1024
+MAX_HANDED_BACK = 10_000  # remembered; forgotten all at once, which costs one more hand-back
 ACK, DEAD_LETTER, REQUEUE = "ack", "dead-letter", "requeue"
 
 
@@ -36,11 +38,16 @@ class Task:
     text: str
     attempt: int
     size: int
-    suspect: bool = False  # redelivered: its last worker died with it, or only its ack was lost
+    suspect: bool = False  # held before: its last worker died with it, or only its ack was lost
+    urgent: bool = False  # a suspect that was handed back once and must not be again
     deliveries: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
     since: float = dataclasses.field(default_factory=time.monotonic)  # taken, then: started
     token: str = ""  # of a suspect's start; the same start asked twice counts once
     allowed: bool | None = None  # the producer's answer whether it may start
+
+    def is_urgent(self, now: float) -> bool:
+        """Tell whether a suspect has waited long enough to hold up the tasks beside it."""
+        return self.urgent or now - self.since > URGENT_SECONDS
 
 
 def storable(value: Any) -> str:
@@ -68,6 +75,7 @@ class Hand:
         self.running: set[Task] = set()
         self.alone = False  # a suspect is running: nothing may start beside it
         self.starting: Task | None = None  # a suspect whose start waits for the producer's answer
+        self.handed_back: set[tuple[str, int]] = set()  # suspects
         self.done: collections.deque[tuple[Task, dict]] = collections.deque()
         self.stopping = False
         self.finished, self.busy_seconds = 0, 0.0  # since the window was last adjusted
@@ -80,6 +88,7 @@ class Hand:
                 if known is not task:
                     known.deliveries += task.deliveries
                 elif task.suspect:
+                    task.urgent = (task.id, task.attempt) in self.handed_back
                     self.suspects.append(task)
                 else:
                     self.fresh.append(task)
@@ -102,14 +111,16 @@ class Hand:
         """Return what may start now: a suspect only alone, and then nothing beside it.
 
         Fresh tasks wait for a suspect's turn only while that can come soon; behind a long task the
-        suspect waits, or goes back to the broker, and they go on.
+        suspect goes back to the broker, and they go on. Back a second time, or after a long wait,
+        it has its turn next.
         """
         if self.alone:
             return None
         if self.suspects and not self.running:
             return self.suspects.popleft()
         now = time.monotonic()
-        if self.suspects and all(now - task.since < STUCK_SECONDS for task in self.running):
+        soon = all(now - task.since < STUCK_SECONDS for task in self.running)
+        if self.suspects and (soon or any(task.is_urgent(now) for task in self.suspects)):
             return None
         return self.fresh.popleft() if self.fresh else None
 
@@ -163,6 +174,8 @@ class Hand:
                 size += sum(len(value) for value in report.values() if isinstance(value, str))
                 if group and size > MAX_GROUP_BYTES:
                     break
+                if "error" in report and not task.deliveries:  # the broker let it expire meanwhile
+                    report["taskStatus"] = "error"
                 group.append((task, report))
             if self.starting:
                 group.append((self.starting, self.touch(self.starting)))
@@ -193,7 +206,7 @@ class Hand:
                     verdicts.append((task, ACK))
             for task, _ in verdicts:
                 self.held.pop((task.id, task.attempt), None)
-        settle(verdicts)
+            settle(verdicts)  # before is_quiet() can be true, and the connection be closed
 
     def withdraw(self, task: Task) -> bool:
         """Take a task back that has not started; say whether that was so. The lock is held."""
@@ -203,16 +216,24 @@ class Hand:
                 return True
         return False
 
-    def take_stuck(self, workers: int) -> list[Task]:
-        """Take back what waits too long while no worker is free for it."""
+    def take_stuck(self, workers: int, patient: bool) -> list[Task]:
+        """Take back what waits too long while no worker is free for it, but for urgent suspects;
+        the patient wait as long as some running task is no longer than that."""
         limit = time.monotonic() - STUCK_SECONDS
         with self.lock:
-            if len(self.running) < workers and not self.suspects:
+            if len(self.running) < workers and not self.suspects and not self.alone:
                 return []
-            stuck = [task for task in (*self.suspects, *self.fresh) if task.since < limit]
+            if patient and any(task.since >= limit for task in self.running):
+                return []
+            waiting = (*self.suspects, *self.fresh)
+            stuck = [task for task in waiting if task.since < limit and not task.urgent]
+            if len(self.handed_back) > MAX_HANDED_BACK:
+                self.handed_back.clear()
             for task in stuck:
                 self.withdraw(task)
                 del self.held[task.id, task.attempt]
+                if task.suspect:
+                    self.handed_back.add((task.id, task.attempt))
             return stuck
 
     def forget(self, link: Any) -> None:
@@ -275,7 +296,7 @@ def work(hand: Hand, process: Callable[[str], Any]) -> None:
         except BaseException as error:  # SystemExit too: a worker that ends would be missed
             log.warning("task %s failed: %s: %s", task.id, type(error).__name__, storable(error))
             report.pop("taskStatus", None)
-            report["error"] = f"{type(error).__name__}: {storable(error)}"
+            report["error"] = storable(f"{type(error).__name__}: {storable(error)}")
         hand.finish(task, report)
 
 
@@ -291,11 +312,11 @@ def report_outcomes(hand: Hand) -> None:
     while True:
         group = hand.collect(last, touch_at)
         last = time.monotonic()
-        if last >= touch_at:
-            touch_at = last + TOUCH_SECONDS
         try:
             refusals = outlet.put([report for _, report in group]) if group else {}
             backoff.succeeded()
+            if last >= touch_at:
+                touch_at = last + TOUCH_SECONDS
             for index, reason in refusals.items():
                 log.info("task %s is not ours to end: %s", group[index][0].id, reason)
             hand.accept(group, refusals)

@@ -1,4 +1,4 @@
-"""A task all the way: producer, broker, two consumers, dead letters; then the same by run.sh."""
+"""A task all the way: producer, broker, two consumers, dead letters."""
 
 import pathlib
 import signal
@@ -63,24 +63,28 @@ def test_an_idle_system_dispatches_at_once(stack: Stack, tmp_path: pathlib.Path)
 def test_results_are_stored_and_made_storable(stack: Stack, tmp_path: pathlib.Path) -> None:
     stack.producer()
     stack.consumer(HANDLER="handlers:note", RUNS=tmp_path / "runs")
-    small, large, odd, leaver = stack.create("bytes=10", "bytes=70000", "nul", "exit")
+    small, large, odd, leaver, loud = stack.create(
+        "bytes=10", "bytes=70000", "nul", "exit", "scream=70000"
+    )
     stack.wait_ended()
     assert stack.get(small)["result"] == "x" * 10
     assert stack.get(large)["result"] == "x" * 65536
     assert stack.get(odd)["result"] == "a\N{REPLACEMENT CHARACTER}b?c"
     assert stack.get(leaver)["error"] == "SystemExit: 3"
+    assert stack.get(loud)["error"] == ("ValueError: " + "x" * 65536)[:65536]
 
 
 def test_messages_that_are_not_ours_are_dropped_and_stop_nobody(stack: Stack) -> None:
     stack.producer()
     consumer = stack.consumer()
     bodies = [b"\xff\xfe", b"[]", b'{"id": 5}', b"{}", b"[" * 5000, b'{"id": "x", "text": 1}']
+    bodies += [b'{"id": "x", "text": "y"}', b'{"id": "x", "text": "y", "attempt": []}']
     with stack.channel() as channel:
         for body in bodies:
             channel.basic_publish("tasks", "tasks", body, pika.BasicProperties(delivery_mode=2))
     ids = stack.create("ours")
     stack.wait_status(ids, "success")
-    until(lambda: consumer.log.read_text().count("dropped a dead letter without a task") == 6)
+    until(lambda: consumer.log.read_text().count("dropped a dead letter without a task") == 8)
     until(lambda: stack.unsettled() == {})
 
 

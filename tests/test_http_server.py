@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import http_server
+from tests.conftest import until
 
 
 def echo(environ: dict, start_response: Callable) -> list[bytes]:
@@ -152,7 +153,7 @@ def test_connections_over_the_cap_get_a_503(
 def test_closing_answers_what_is_under_way(server: http_server.Server) -> None:
     client = Client(server)
     client.send(b"GET /slow HTTP/1.1\r\n\r\n")
-    time.sleep(0.1)
+    until(lambda: server.busy)
     server.close(5)
     status, headers, _ = client.read()
     assert (status, headers["connection"]) == (200, "close")

@@ -14,6 +14,9 @@ def test_slow_tasks_from_an_empty_queue_are_shared_evenly(
     runs = [tmp_path / "runs-0", tmp_path / "runs-1"]
     for path in runs:
         stack.consumer(HANDLER="handlers:note", RUNS=path)
+    with stack.channel() as channel:
+        declared = lambda: channel.queue_declare("tasks", passive=True).method  # noqa: E731
+        until(lambda: declared().consumer_count == 2, what="two consumers")
     stack.wait_status(stack.create("warm up"), "success")
     stack.create(*[f"sleep=0.25 {index}" for index in range(40)])
     stack.wait_ended()
