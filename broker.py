@@ -155,6 +155,11 @@ def connect(name: str) -> pika.BlockingConnection:
     return pika.BlockingConnection(parameters)
 
 
+def back_off(failures: int) -> float:
+    """Return the seconds to wait after so many failures in a row before the next one."""
+    return min(FIRST_DELAY_SECONDS * 2 ** min(failures, 10), LAST_DELAY_SECONDS)
+
+
 def keep_connected(
     name: str,
     stop: threading.Event,
@@ -183,9 +188,8 @@ def keep_connected(
         except Exception as error:  # the top of a loop: a thread that ends quietly is worse
             if time.monotonic() - began > LAST_DELAY_SECONDS:
                 failures = 0  # it worked for a while: a new outage
-            delay = min(FIRST_DELAY_SECONDS * 2**failures, LAST_DELAY_SECONDS)
-            delay *= random.uniform(0.5, 1)
-            failures = min(failures + 1, 10)
+            delay = back_off(failures) * random.uniform(0.5, 1)
+            failures += 1
             reason = str(error).strip() or type(error).__name__
             if connection is None:
                 reason = f"cannot connect to {', '.join(map(host_of, URLS))}: {reason}"

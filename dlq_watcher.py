@@ -86,10 +86,10 @@ class Backoff:
 
     def failed(self, error: Unavailable) -> float:
         """Return the seconds to wait before the next try."""
-        delay = min(broker.FIRST_DELAY_SECONDS * 2**self.tries, broker.LAST_DELAY_SECONDS)
+        delay = broker.back_off(self.tries)
         level = logging.DEBUG if self.tries else logging.WARNING
         log.log(level, "report held back, next try in %.1f s: %s", delay, error)
-        self.tries = min(self.tries + 1, 10)
+        self.tries += 1
         return delay
 
     def succeeded(self) -> None:

@@ -5,13 +5,13 @@ Run it with `bash run.sh --native`, end it with Ctrl-C or `bash run.sh down`. Ex
 1 crash, 2 bad configuration."""
 
 import contextlib
+import http.client
 import json
 import os
 import pathlib
 import signal
 import sys
 import time
-import urllib.request
 
 from servers import (
     HERE,
@@ -27,7 +27,7 @@ from servers import (
 
 
 def read_env_file(path: pathlib.Path) -> dict[str, str]:
-    """Return the settings of a file of NAME=value lines, as Compose reads it."""
+    """Return the settings of a file of NAME=value lines, the value in quotes or not."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     pairs = [line.partition("=") for line in lines if line.strip() and not line.startswith("#")]
     return {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
@@ -49,13 +49,16 @@ class Project:
         self.pid_file = self.run / "native.pid"
         self.env = read_env_file(root / ".env") | dict(os.environ)
         self.http_port = port_number(self.env.get("HTTP_PORT") or "8080")
-        self.address = f"http://127.0.0.1:{self.http_port}"
+        host = self.env.get("HTTP_HOST") or "127.0.0.1"
+        self.host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        self.address = f"http://{self.host}:{self.http_port}"
         self.processes: list[Process] = []
         self.stop_asked = False
 
     def running_pid(self) -> int | None:
-        """Return the pid of the supervisor that runs this folder already."""
-        with contextlib.suppress(OSError, ValueError):
+        """Return the pid of the supervisor that runs this folder already; raise
+        PermissionError if that is another user's."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
             pid = int(self.pid_file.read_text())
             folder = os.readlink(f"/proc/{pid}/cwd")
             words = pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")
@@ -79,6 +82,7 @@ class Project:
             "RABBITMQ_URL": rabbit.url,
             "HTTP_PORT": str(self.http_port),
             "PRODUCER_URL": self.address,
+            "PYTHONPATH": f"{HERE / 'handlers'}:{self.env.get('PYTHONPATH', '')}",
         }
         services = [
             Service(f"{role}.py", env, self.run / f"{name}.log")
@@ -105,11 +109,14 @@ class Project:
         """Tell whether the producer says so, or the user wants to stop."""
         if self.stop_asked:
             return True
-        try:
-            with urllib.request.urlopen(f"{self.address}/readyz", timeout=5):
-                return True
-        except OSError:
+        client = http.client.HTTPConnection(self.host, self.http_port, timeout=5)
+        try:  # no urllib: it would ask a proxy that the environment names
+            client.request("GET", "/readyz")
+            return client.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            client.close()
 
     def revive(self) -> None:
         """Start again what has died; bad configuration ends the project instead."""
@@ -156,11 +163,14 @@ class Project:
     def print_welcome(self) -> None:
         """Say where it runs, what to try and how to stop."""
         api = f"{self.address}/api/v1"
+        curl = "curl"
+        if self.env.get("API_TOKEN"):
+            curl += ' -H "Authorization: Bearer $API_TOKEN"'
         print(
             f"\nThe task service runs at {self.address}, its logs and data are in {self.run}.\n\n"
-            f'  curl -X POST {api}/create-task -d \'{{"text": "any text"}}\'\n'
-            f"  curl '{api}/get-task-data?taskId=<the taskId of the answer>'\n\n"
-            "Stop it with Ctrl-C, or with `bash run.sh down` from another terminal.",
+            f'  {curl} -X POST {api}/create-task -d \'{{"text": "any text"}}\'\n'
+            f"  {curl} '{api}/get-task-data?taskId=<the taskId of the answer>'\n\n"
+            "Stop it with Ctrl-C, or with `sudo bash run.sh down` from another terminal.",
             flush=True,
         )
 
@@ -211,6 +221,9 @@ def main() -> None:
         (up if command == ["up"] else down)(Project(root))
     except Missing as error:
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except PermissionError as error:
+        print(f"started by another user, use sudo: {error}", file=sys.stderr)
         sys.exit(2)
 
 

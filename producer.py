@@ -39,7 +39,8 @@ STOP_REQUESTS_SECONDS = 15
 CREATE_FIELDS = {"text", "taskId", "runAt"}
 
 
-app = bottle.Bottle(autojson=False)  # answers are made by answer()
+app = bottle.Bottle()
+app.config["json.enable"] = False  # answers are made by answer()
 pool = database.Pool()
 creates = GroupCommit(pool)
 stop = threading.Event()
@@ -300,7 +301,7 @@ def wait_for_schema() -> None:
             pool.transaction(database.apply_schema)
             return
         except (database.Unavailable, psycopg2.Error) as error:  # no right to CREATE, too
-            delay = min(broker.FIRST_DELAY_SECONDS * 2**attempt, broker.LAST_DELAY_SECONDS)
+            delay = broker.back_off(attempt)
             log.log(
                 logging.DEBUG if attempt else logging.WARNING,
                 "database is away, next try in %.1f s: %s",
@@ -340,9 +341,10 @@ def main() -> None:
     background = threading.Thread(target=start_background, name="dispatcher", daemon=True)
     background.start()
     stop.wait()
+    deadline = time.monotonic() + broker.STOP_SECONDS
     wake.set()
     server.close(STOP_REQUESTS_SECONDS)
-    background.join(broker.STOP_SECONDS)
+    background.join(deadline - time.monotonic())
     log.info("stopped")
 
 

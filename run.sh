@@ -8,7 +8,8 @@
 #   sudo bash run.sh test [ARGS]     everything the tests need, then pytest ARGS
 #   sudo bash run.sh bench [ARGS]    the same, then the benchmark
 #
-# PROJECT_ABSOLUTE_PATH is this folder unless set; HTTP_PORT is 8080 unless set, here or in .env.
+# PROJECT_ABSOLUTE_PATH is this folder unless set; HTTP_PORT is 8080 unless set. Settings come from the
+# environment (sudo HANDLER=... bash run.sh) or from .env.
 set -euo pipefail
 
 PROJECT_ABSOLUTE_PATH=${PROJECT_ABSOLUTE_PATH:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
@@ -23,19 +24,19 @@ usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 }
 
-# The password file of Compose and native.py. Root made it for the user who called sudo.
+# The settings file of Compose and native.py gets the passwords that it lacks. Root made it for the
+# user who called sudo.
 make_env() {
-  [ -f .env ] && return
-  local password
-  (
-    umask 077
-    for name in POSTGRES_PASSWORD RABBITMQ_PASSWORD; do
-      password=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-      printf '%s=%s\n' "$name" "$password"
-    done >.env.new
-    mv .env.new .env
-  )
-  own .env
+  local name
+  for name in POSTGRES_PASSWORD RABBITMQ_PASSWORD; do
+    if ! grep -qs "^$name=" .env; then
+      if [ ! -f .env ]; then (umask 077 && : >.env) && own .env; fi
+      # the first line may be the user's own, without an end
+      if [ -n "$(tail -c 1 .env)" ]; then echo >>.env; fi
+      printf '%s=%s\n' "$name" "$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')" >>.env
+    fi
+  done
+  chmod 600 .env
 }
 
 own() {
@@ -46,6 +47,7 @@ http_port() {
   local port=${HTTP_PORT:-}
   if [ -z "$port" ] && [ -f .env ]; then port=$(sed -n 's/^HTTP_PORT=//p' .env | tail -n 1); fi
   port=${port:-8080}
+  port=${port//[\"\']/}
   if ! [[ $port =~ ^[0-9]{1,5}$ ]] || ((10#$port < 1 || 10#$port > 65535)); then
     fail "HTTP_PORT=$port is not valid: expected a number from 1 to 65535"
   fi
@@ -70,14 +72,28 @@ up_docker() {
     (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
     fail "port $port is taken: set HTTP_PORT to a free one"
   fi
-  compose up --build --detach --wait
+  # PostgreSQL keeps the password that it was made with.
+  local volume=${COMPOSE_PROJECT_NAME:-tasks}_postgres
+  if ! grep -qs '^POSTGRES_PASSWORD=' .env && docker volume inspect "$volume" >/dev/null 2>&1; then
+    fail "the volume $volume is of an earlier checkout: bring its .env, or docker volume rm $volume"
+  fi
+  make_env
+  if ! compose up --build --detach --wait; then
+    compose logs --tail 20 producer consumer >&2
+    fail 'not everything became healthy, see above; stop the rest with run.sh down'
+  fi
   address=http://127.0.0.1:$port
+  local curl=curl
+  if [ -n "${API_TOKEN:-$(sed -n 's/^API_TOKEN=//p' .env)}" ]; then
+    # shellcheck disable=SC2016 # to be expanded by who pastes it
+    curl='curl -H "Authorization: Bearer $API_TOKEN"'
+  fi
   cat <<TEXT
 
 The task service runs at $address.
 
-  curl -X POST $address/api/v1/create-task -d '{"text": "any text"}'
-  curl '$address/api/v1/get-task-data?taskId=<the taskId of the answer>'
+  $curl -X POST $address/api/v1/create-task -d '{"text": "any text"}'
+  $curl '$address/api/v1/get-task-data?taskId=<the taskId of the answer>'
 
 Stop it with: sudo bash run.sh down
 TEXT
@@ -121,6 +137,10 @@ install_packages() {
     rm -f "$policy"
     trap - EXIT
   fi
+  # Nor after the next boot: this service has servers of its own.
+  if [[ " $* " = *' rabbitmq-server '* ]] && command -v systemctl >/dev/null; then
+    systemctl disable rabbitmq-server epmd.socket >/dev/null 2>&1 || true
+  fi
 }
 
 # Makes the environment .run/$1 of the requirements files that follow. Tests have their own: a
@@ -135,7 +155,7 @@ prepare_native() {
   python=$(find_python) || fail 'expected Python 3.11 or newer with venv'
   mkdir -p .run
   own .run
-  marker=$venv/$(cat "$@" | cksum | tr ' ' -)
+  marker=$venv/$({ cat "$@" && "$python" -V; } | cksum | tr ' ' -)
   if [ ! -e "$marker" ]; then
     rm -rf "$venv"
     "$python" -m venv "$venv"
@@ -145,13 +165,22 @@ prepare_native() {
 }
 
 up_native() {
-  http_port >/dev/null
+  local port
+  port=$(http_port)
+  make_env
+  if [ ! -e .run/native.pid ] && (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    fail "port $port is taken: set HTTP_PORT to a free one"
+  fi
   prepare_native venv requirements.txt
   exec .run/venv/bin/python native.py
 }
 
 down() {
-  if has_docker && [ -f .env ]; then compose down; fi
+  if has_docker && [ -f .env ]; then
+    compose down
+  elif command -v docker >/dev/null && [ "$(id -u)" != 0 ] && ! docker info >/dev/null 2>&1; then
+    fail 'the Docker engine lets only root in: use sudo bash run.sh down'
+  fi
   if [ -x .run/venv/bin/python ]; then exec .run/venv/bin/python native.py down; fi
 }
 
@@ -163,10 +192,12 @@ main() {
   case "$command" in
     '' | --docker | --native)
       [ $# -le 1 ] || fail "unexpected ${*:2}"
-      make_env
       if [ "$command" = --docker ] || { [ -z "$command" ] && has_docker; }; then
         up_docker
       else
+        if [ -z "$command" ] && command -v docker >/dev/null; then
+          echo 'no Docker engine with Compose v2 answers: starting natively' >&2
+        fi
         up_native
       fi
       ;;

@@ -18,7 +18,7 @@ CREATE TABLE IF NOT EXISTS tasks (
     id          uuid             NOT NULL DEFAULT gen_random_uuid(),
     text        text             NOT NULL,
     status      task_status      NOT NULL DEFAULT 'pending',
-    -- The fencing token: whatever ends an attempt raises it, and a report of an older one is stale.
+    -- The fencing token: what ends an attempt raises it, and a report of an older one is stale.
     attempt     integer          NOT NULL DEFAULT 1,
     -- Attempts that failed; held against MAX_ATTEMPTS.
     failures    integer          NOT NULL DEFAULT 0,
@@ -47,6 +47,18 @@ CREATE TABLE IF NOT EXISTS tasks (
     autovacuum_vacuum_threshold = 10000,
     autovacuum_vacuum_cost_delay = 0
 );
+
+-- A table made before this column came. Only then: ALTER waits for every reader, and all wait for it.
+DO $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_attribute
+        WHERE attrelid = 'tasks'::regclass AND attname = 'touched_at'
+    ) THEN
+        ALTER TABLE tasks ADD COLUMN touched_at timestamptz;
+    END IF;
+END
+$$;
 
 -- Indexes ----------------------------------------------------------------------------------------
 -- CLAIM_TASKS walks this upward from a random pivot.

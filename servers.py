@@ -26,6 +26,13 @@ class Missing(Exception):
     """Something this needs is not there; the text says what to install or free."""
 
 
+def write_private(path: pathlib.Path, text: str) -> None:
+    """Write a file that holds a password: only its owner may read it."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
 def free_port() -> int:
     """Return a loopback port that nobody uses now."""
     with socket.socket() as probe:
@@ -141,7 +148,7 @@ class Postgres(Process):
 
     def start(self) -> None:
         """Start the server, in a new cluster if there is none, and wait until it answers."""
-        if not (self.data / "PG_VERSION").exists():
+        if not self.data.exists():
             self.make_cluster()
         settings = self.settings | {
             "listen_addresses": "127.0.0.1",
@@ -166,19 +173,22 @@ class Postgres(Process):
                 os.kill(pid, number)
 
     def make_cluster(self) -> None:
-        """Make the cluster with one role and one database, both called tasks."""
-        shutil.rmtree(self.data, ignore_errors=True)  # of an initdb that was interrupted
-        self.data.mkdir(mode=0o700)
+        """Make the cluster with one role and one database, both called tasks; only a whole one gets
+        its name, so that an interrupted start does no harm."""
+        new = self.folder / "data.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
         password = self.folder / "password"
-        password.write_text(self.password)
+        write_private(password, self.password)
         if os.geteuid() == 0:
-            for path in (self.data, password):
+            for path in (new, password):
                 shutil.chown(path, "postgres", "postgres")
         initdb = f"{self.bin}/initdb --no-sync -E UTF8 --locale=C.UTF-8 -U tasks -A scram-sha-256"
-        self.run([*initdb.split(), f"--pwfile={password}", "-D", str(self.data)])
+        self.run([*initdb.split(), f"--pwfile={password}", "-D", str(new)])
         password.unlink()
-        single = [f"{self.bin}/postgres", "--single", "-D", str(self.data), "postgres"]
+        single = [f"{self.bin}/postgres", "--single", "-D", str(new), "postgres"]
         self.run(single, "CREATE DATABASE tasks;\n")
+        new.rename(self.data)
 
     def run(self, command: list[str], text: str = "") -> None:
         """Run one of PostgreSQL's programs to its end, its output in the log."""
@@ -188,7 +198,7 @@ class Postgres(Process):
                 input=text.encode(),
                 stdout=log,
                 stderr=log,
-                cwd=self.data,
+                cwd="/",
                 check=True,
             )
 
@@ -225,7 +235,7 @@ class Rabbit(Process):
         self.url = f"amqp://tasks:{password}@127.0.0.1:{self.port}/%2F"
         user = f"default_user = tasks\ndefault_pass = {password}\n"
         listen = f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
-        (folder / "rabbitmq.conf").write_text(listen + user + RABBIT_CONFIG + config)
+        write_private(folder / "rabbitmq.conf", listen + user + RABBIT_CONFIG + config)
         (folder / "enabled_plugins").write_text("[].\n")
         self.env = {
             "HOME": str(folder),

@@ -4,6 +4,7 @@ and fresh queues for each test, and the project's own scripts as processes."""
 import contextlib
 import os
 import pathlib
+import re
 import sys
 import time
 import uuid
@@ -22,9 +23,15 @@ from tests import containers
 
 TIMEOUT_SECONDS = 60
 
-# What the developer's shell or run.sh has set must not reach the processes under test.
-for name in ("PROJECT_ABSOLUTE_PATH", "API_TOKEN", "HTTP_HOST", "HTTP_PORT", "REGISTRY", "TAG"):
+# What the developer's shell, sudo or run.sh has set must not reach the processes under test.
+SETTINGS = {
+    name
+    for path in servers.HERE.glob("*.py")
+    for name in re.findall(r'setting\(\s*"([A-Z_]+)"', path.read_text())
+}
+for name in SETTINGS | {"PROJECT_ABSOLUTE_PATH", "REGISTRY", "TAG", "SUDO_UID", "SUDO_GID"}:
     os.environ.pop(name, None)
+os.environ["NO_PROXY"] = "127.0.0.1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +44,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--chaos-seconds", type=float, default=60, help="how long faults go on")
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat one run's faults")
+
+
+def pytest_report_header() -> str:
+    """Say what this machine cannot show."""
+    if containers.HAS_DOCKER:
+        return "the compose project is tested too"
+    return "NO DOCKER ENGINE WITH COMPOSE: the compose project is not tested"
 
 
 def until(is_done: Callable[[], Any], timeout: float = TIMEOUT_SECONDS, what: str = "") -> Any:

@@ -1,6 +1,7 @@
 """The servers of docker-compose.yml for the tests, with the interface of servers.py."""
 
 import pathlib
+import shutil
 import socket
 import subprocess
 import time
@@ -10,6 +11,12 @@ from typing import Any
 import psycopg2
 
 import servers
+
+HAS_DOCKER = (
+    shutil.which("docker") is not None
+    and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+    and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+)
 
 
 def docker(*arguments: str) -> str:

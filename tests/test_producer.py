@@ -202,7 +202,7 @@ def test_two_producers_start_together_on_an_empty_database(stack: Stack) -> None
         ("producer", "RABBITMQ_URL", "http://x"),
         ("producer", "MAX_ATTEMPTS", "-1"),
         ("producer", "LOG_LEVEL", "LOUD"),
-        ("producer", "DATABASE_URL", "postgresql://a b/c"),
+        ("producer", "DATABASE_URL", "mysql://127.0.0.1/tasks"),
         ("consumer", "FAILURE_RATE", "2"),
         ("consumer", "CONCURRENCY", "many"),
         ("consumer", "PREFETCH", "some"),
