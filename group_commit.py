@@ -1,6 +1,7 @@
 """Group commit for create-task: what arrives together is one INSERT and one COMMIT, so that one
 flush to disk serves it all. A single client pays nothing for it."""
 
+import itertools
 import threading
 from typing import Any
 
@@ -12,10 +13,11 @@ GROUP_BYTES = 4 * 1024 * 1024
 class Waiter:
     """A create under way; its gate is a lock held until somebody opens it."""
 
-    __slots__ = ("gate", "new", "outcome")
+    __slots__ = ("gate", "new", "next", "outcome")
 
     def __init__(self, new: database.NewTask) -> None:
         self.new = new
+        self.next: Waiter | None = None
         self.gate = threading.Lock()
         self.gate.acquire()
         self.outcome: dict[str, Any] | Exception | None = None
@@ -41,6 +43,8 @@ class GroupCommit:
             leads, self.writing = not self.writing, True
         if not leads:
             waiter.gate.acquire()  # opened with an outcome, or without one to take over the lead
+            if waiter.next is not None:
+                waiter.next.gate.release()
         if waiter.outcome is None:
             self.write()
         if isinstance(waiter.outcome, Exception):
@@ -54,7 +58,7 @@ class GroupCommit:
             self.waiting = self.waiting[len(group) :]
         try:
             new = [waiter.new for waiter in group]
-            tasks = self.pool.transaction(lambda cursor: database.insert_tasks(cursor, new))
+            tasks = self.pool.statement(lambda cursor: database.insert_tasks(cursor, new))
             for waiter in group:
                 waiter.outcome = tasks[waiter.new.id]
         except Exception as error:  # every waiter raises it in its own thread
@@ -63,7 +67,9 @@ class GroupCommit:
         with self.lock:
             self.writing = bool(self.waiting)
             leader = self.waiting[:1]
-        for waiter in (*leader, *group):
+        for waiter, following in itertools.pairwise(group[1:]):
+            waiter.next = following
+        for waiter in (*leader, *group[1:2]):
             waiter.gate.release()
 
 

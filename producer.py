@@ -186,7 +186,7 @@ def get_task_data() -> bytes:
         task_id = states.parse_uuid(read_form(bottle.request.query_string).get("taskId"))
     except ValueError as error:
         fail(400, str(error))
-    tasks = pool.transaction(lambda cursor: database.select_tasks(cursor, [task_id]))
+    tasks = pool.statement(lambda cursor: database.select_tasks(cursor, [task_id]))
     if task_id not in tasks:
         fail(404, f"no task has the id {task_id}")
     return answer(tasks[task_id])
@@ -205,7 +205,7 @@ def update_task_status() -> bytes:
     [refusal] = apply([report])
     if refusal is not None:
         fail(refusal.code, refusal.reason)
-    tasks = pool.transaction(lambda cursor: database.select_tasks(cursor, [report.id]))
+    tasks = pool.statement(lambda cursor: database.select_tasks(cursor, [report.id]))
     return answer(tasks[report.id])
 
 
@@ -256,7 +256,7 @@ def readyz() -> bytes:
     """Answer whether tasks are taken and dispatched, and what is away if not."""
     state = {"database": "ok", "broker": dispatcher.broker_state, "dispatcher": "ok"}
     try:
-        pool.transaction(lambda cursor: cursor.execute(database.PROBE))
+        pool.statement(lambda cursor: cursor.execute(database.PROBE))
     except database.Unavailable as error:
         state["database"] = str(error)
     if time.monotonic() - dispatcher.turned_at > STALLED_SECONDS:

@@ -8,8 +8,8 @@
 #   sudo bash run.sh test [ARGS]     everything the tests need, then pytest ARGS
 #   sudo bash run.sh bench [ARGS]    the same, then the benchmark
 #
-# PROJECT_ABSOLUTE_PATH is this folder unless set; HTTP_PORT is 8080 unless set. Settings come from the
-# environment (sudo HANDLER=... bash run.sh) or from .env.
+# PROJECT_ABSOLUTE_PATH is this folder unless set; HTTP_PORT is 8080 unless set. Settings come from
+# the environment (sudo HANDLER=... bash run.sh) or from .env.
 set -euo pipefail
 
 PROJECT_ABSOLUTE_PATH=${PROJECT_ABSOLUTE_PATH:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}

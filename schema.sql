@@ -48,7 +48,8 @@ CREATE TABLE IF NOT EXISTS tasks (
     autovacuum_vacuum_cost_delay = 0
 );
 
--- A table made before this column came. Only then: ALTER waits for every reader, and all wait for it.
+-- For a table made before this column came, and no other: ALTER waits for every reader, and all
+-- others wait for it.
 DO $$
 BEGIN
     IF NOT EXISTS (
