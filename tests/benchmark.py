@@ -249,6 +249,28 @@ def dead_letters(bench: Bench) -> dict[str, float]:
     return drain(bench, "dead letters/s", HANDLER="", PROCESSING_SECONDS=0, FAILURE_RATE=1)
 
 
+def growth(bench: Bench) -> dict[str, float]:
+    """What the table's hot indexes weigh after a million tasks have gone through them, without and
+    with a snapshot as old as all of that, such as pg_dump's; and the drain meanwhile."""
+    results: dict[str, float] = {}
+    for case in ("", " under an old snapshot"):
+        say(f"a million tasks{case}")
+        with contextlib.ExitStack() as stack:
+            if case:
+                old = stack.enter_context(contextlib.closing(psycopg2.connect(bench.postgres.url)))
+                old.set_session("REPEATABLE READ")
+                old.cursor().execute("SELECT count(*) FROM pg_class")  # of tasks, TRUNCATE would wait
+            tasks, bench.tasks = bench.tasks, 1_000_000
+            try:
+                results |= drain(bench, f"drain/s of a million{case}")
+            finally:
+                bench.tasks = tasks
+            for index in ("tasks_pending", "tasks_sent", "tasks_pkey"):
+                size = bench.sql("SELECT pg_relation_size(%s::regclass)", index)[0][0]
+                results[f"{index} MB{case}"] = size / 2**20
+    return results
+
+
 def scaling(bench: Bench) -> dict[str, float]:
     """What more consumers and producers add on this machine."""
     results: dict[str, float] = {}
@@ -418,6 +440,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, float]]] = {
     "backlogs": backlogs,
     "dead": dead_letters,
     "scaling": scaling,
+    "growth": growth,
 }
 
 
