@@ -259,7 +259,9 @@ def growth(bench: Bench) -> dict[str, float]:
             if case:
                 old = stack.enter_context(contextlib.closing(psycopg2.connect(bench.postgres.url)))
                 old.set_session("REPEATABLE READ")
-                old.cursor().execute("SELECT count(*) FROM pg_class")  # of tasks, TRUNCATE would wait
+                old.cursor().execute(
+                    "SELECT count(*) FROM pg_class"
+                )  # of tasks, TRUNCATE would wait
             tasks, bench.tasks = bench.tasks, 1_000_000
             try:
                 results |= drain(bench, f"drain/s of a million{case}")
