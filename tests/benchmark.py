@@ -261,7 +261,7 @@ def growth(bench: Bench) -> dict[str, float]:
                 old.set_session("REPEATABLE READ")
                 old.cursor().execute(
                     "SELECT count(*) FROM pg_class"
-                )  # of tasks, TRUNCATE would wait
+                )  # for tasks, TRUNCATE waits
             tasks, bench.tasks = bench.tasks, 1_000_000
             try:
                 results |= drain(bench, f"drain/s of a million{case}")
