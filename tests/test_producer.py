@@ -194,6 +194,13 @@ def test_two_producers_start_together_on_an_empty_database(stack: Stack) -> None
     stack.wait_status(ids, "sent")
 
 
+def test_a_table_of_an_earlier_version_gets_what_it_lacks(stack: Stack) -> None:
+    stack.producer().stop()
+    stack.sql("ALTER TABLE tasks DROP COLUMN touched_at")
+    stack.producer()
+    stack.wait_status(stack.create("a"), "sent")
+
+
 @pytest.mark.parametrize(
     ("script", "name", "value"),
     [
