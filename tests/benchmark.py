@@ -259,9 +259,7 @@ def growth(bench: Bench) -> dict[str, float]:
             if case:
                 old = stack.enter_context(contextlib.closing(psycopg2.connect(bench.postgres.url)))
                 old.set_session("REPEATABLE READ")
-                old.cursor().execute(
-                    "SELECT count(*) FROM pg_class"
-                )  # for tasks, TRUNCATE waits
+                old.cursor().execute("SELECT count(*) FROM pg_class")  # for tasks, TRUNCATE waits
             tasks, bench.tasks = bench.tasks, 1_000_000
             try:
                 results |= drain(bench, f"drain/s of a million{case}")
