@@ -38,7 +38,6 @@ STALLED_SECONDS = 10
 STOP_REQUESTS_SECONDS = 15
 CREATE_FIELDS = {"text", "taskId", "runAt"}
 
-
 app = bottle.Bottle()
 app.config["json.enable"] = False  # answers are made by answer()
 pool = database.Pool()
@@ -302,12 +301,8 @@ def wait_for_schema() -> None:
             return
         except (database.Unavailable, psycopg2.Error) as error:  # no right to CREATE, too
             delay = broker.back_off(attempt)
-            log.log(
-                logging.DEBUG if attempt else logging.WARNING,
-                "database is away, next try in %.1f s: %s",
-                delay,
-                error,
-            )
+            level = logging.DEBUG if attempt else logging.WARNING
+            log.log(level, "database is away, next try in %.1f s: %s", delay, error)
             if stop.wait(delay):
                 return
 

@@ -257,15 +257,8 @@ class Rabbit(Process):
     def start(self) -> None:
         """Start the name server and the node, and wait until it speaks AMQP."""
         self.end_epmd()
-        epmd = [
-            "setpriv",
-            "--pdeathsig=KILL",
-            find_epmd(),
-            "-port",
-            self.env["ERL_EPMD_PORT"],
-            "-address",
-            "127.0.0.1",
-        ]
+        epmd = ["setpriv", "--pdeathsig=KILL", find_epmd(), "-address", "127.0.0.1"]
+        epmd += ["-port", self.env["ERL_EPMD_PORT"]]
         self.epmd = subprocess.Popen(
             epmd, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
