@@ -3,6 +3,8 @@ imports it, and every function that takes a cursor runs inside the caller's tran
 
 import json
 import logging
+import math
+import random
 import select
 import threading
 import time
@@ -42,6 +44,7 @@ SERVER_OPTIONS = (
     " -c idle_in_transaction_session_timeout=60000"
     " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
 )
+ARCS = 16  # of a claim: enough that one batch is spread evenly, and no slower than one
 HOUSEKEEPING_ROWS = 5000
 SWEEP_PAGES = 128
 SCHEMA = Path(__file__).with_name("schema.sql")
@@ -100,23 +103,38 @@ FROM json_to_recordset(%(rows)s) AS new (
 WHERE tasks.id = new.id
 """
 
-# Rows locked elsewhere are skipped, so that several dispatchers share the work and none waits.
-# The window sum bounds a batch by bytes too: a task may hold a megabyte.
+# A sample of all that waits, in one trip: of each arc of the ring of picks the first rows upward.
+# The arcs take turns, so that a cut by rows or bytes favours none. Rows locked elsewhere are
+# skipped, so that several dispatchers share the work and none waits.
 CLAIM_TASKS = """
 WITH candidate AS MATERIALIZED (
-    SELECT id, pick, octet_length(text) AS bytes
-    FROM tasks
-    WHERE status = 'pending' AND NOT held AND pick >= %(low)s AND pick < %(high)s
-    ORDER BY pick
-    LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
+    SELECT found.*
+    FROM unnest(%(lows)s::float8[], %(highs)s::float8[]) AS arc (low, high),
+        LATERAL (
+            SELECT id, octet_length(text) AS bytes, pick + (pick < %(first)s)::int AS place
+            FROM tasks
+            WHERE status = 'pending' AND NOT held AND pick >= arc.low AND pick < arc.high
+            ORDER BY pick
+            LIMIT %(share)s
+            FOR UPDATE SKIP LOCKED
+        ) AS found
+), ordered AS (
+    SELECT id, bytes, row_number() OVER (
+        PARTITION BY floor((place - %(first)s) * %(arcs)s) ORDER BY place
+    ) AS turn
+    FROM candidate
 ), measured AS (
-    SELECT id, sum(bytes) OVER (ORDER BY pick, id) - bytes AS bytes_before FROM candidate
+    SELECT
+        id,
+        row_number() OVER in_turn AS position,
+        sum(bytes) OVER in_turn - bytes AS bytes_before
+    FROM ordered
+    WINDOW in_turn AS (ORDER BY turn, id)
 )
 UPDATE tasks
 SET status = 'sent', sent_at = now()
 FROM measured
-WHERE tasks.id = measured.id AND bytes_before < %(bytes)s
+WHERE tasks.id = measured.id AND position <= %(limit)s AND bytes_before < %(bytes)s
 RETURNING tasks.id, tasks.text, tasks.attempt, tasks.touched_at IS NOT NULL
 """
 
@@ -350,18 +368,26 @@ def apply_reports(cursor: Any, reports: list[states.Report]) -> list[states.Refu
     return verdicts
 
 
-def claim_tasks(
-    cursor: Any, limit: int, size: int, pivot: float
-) -> list[tuple[str, str, int, bool]]:
-    """Mark random pending tasks as sent, at most limit and about size bytes; return id, text,
-    attempt, and whether a consumer has held this attempt before, of each."""
-    claimed: list[tuple[str, str, int, bool]] = []
-    for low, high in ((pivot, 1), (0, pivot)):
-        if len(claimed) < limit and low < high:
-            bounds = {"low": low, "high": high, "limit": limit - len(claimed), "bytes": size}
-            cursor.execute(CLAIM_TASKS, bounds)
-            claimed += cursor.fetchall()
-    return claimed
+def claim_tasks(cursor: Any, limit: int, size: int) -> list[tuple[str, str, int, bool]]:
+    """Mark random pending tasks as sent, at most limit and size bytes (the last may reach over);
+    return id, text, attempt, and whether a consumer has held this attempt before, of each."""
+    arcs, first = min(ARCS, limit), random.random()
+    lows = [(first + index / arcs) % 1 for index in range(arcs)]
+    highs = [min(low + 1 / arcs, 1.0) for low in lows]
+    crossing = max(lows) + 1 / arcs - 1  # the arc that crosses 1 goes on at 0
+    cursor.execute(
+        CLAIM_TASKS,
+        {
+            "first": first,
+            "arcs": arcs,
+            "lows": [*lows, 0.0],
+            "highs": [*highs, crossing],
+            "share": math.ceil(limit / arcs),
+            "limit": limit,
+            "bytes": size,
+        },
+    )
+    return cursor.fetchall()
 
 
 def release_due(cursor: Any) -> int:

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import json
 import logging
-import random
+import math
 import threading
 import time
 from typing import Any
@@ -87,7 +87,7 @@ class Dispatcher:
         channel.basic_publish("", "tasks.probe", b"")
         channel.tx_commit()
         with contextlib.closing(database.connect()) as session:
-            looked_at, pivot = 0.0, random.random() if lane else 0.0
+            looked_at, size = 0.0, 0.0  # size: mean bytes of a text in the last batch
             while not self.stop.is_set():
                 if lane == 0:
                     self.wake.clear()  # before the claim: a task that comes meanwhile sets it again
@@ -96,17 +96,18 @@ class Dispatcher:
                     looked_at = time.monotonic()
                     self.look(channel, lane)
                 allowed = self.allowed[lane]
-                sent = 0
-                if allowed:
-                    sent = self.send_batch(connection, channel, returned, session, allowed, pivot)
-                more = 0 < sent == allowed
+                limit = min(allowed, max(1, math.ceil(BATCH_BYTES / size))) if size else allowed
+                sent = []
+                if limit:
+                    sent = self.send_batch(connection, channel, returned, session, limit)
+                total = sum(len(text.encode()) for _, text, _, _ in sent)
+                more = bool(sent) and (len(sent) == limit or total >= BATCH_BYTES)
+                size = total / len(sent) if sent else size
                 if lane == 0:
                     (self.backlog.set if more else self.backlog.clear)()
                 elif not more:
                     return
-                # The next of a backlog are met at a random place; to take all needs no pivot.
-                pivot = random.random() if more else 0.0
-                self.allowed[lane] -= sent
+                self.allowed[lane] -= len(sent)
                 if not allowed:
                     self.stop.wait(FULL_SECONDS)
                 elif not sent:
@@ -126,12 +127,11 @@ class Dispatcher:
         returned: list[Any],
         session: Any,
         limit: int,
-        pivot: float,
-    ) -> int:
-        """Claim, publish and commit one batch; return its size. Any error leaves it pending."""
+    ) -> list[tuple]:
+        """Claim, publish and commit one batch; return its rows. Any error leaves it pending."""
         began = time.monotonic()
         with session, session.cursor() as cursor:  # COMMIT at the end, ROLLBACK on any exception
-            tasks = database.claim_tasks(cursor, limit, BATCH_BYTES, pivot)
+            tasks = database.claim_tasks(cursor, limit, BATCH_BYTES)
             if tasks:
                 messages = [message(*task) for task in tasks]
                 broker.publish(connection, channel, messages, EXPIRATION_MS)
@@ -141,7 +141,7 @@ class Dispatcher:
                     raise pika.exceptions.AMQPError(f"{len(returned)} messages had no queue")
         if tasks:
             log.info("dispatched %d tasks in %.3f s", len(tasks), time.monotonic() - began)
-        return len(tasks)
+        return tasks
 
 
 def message(task_id: str, text: str, attempt: int, suspect: bool) -> tuple[str, bytes, bool]:
