@@ -6,27 +6,30 @@ import pathlib
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 
 import pytest
 import requests
 
-import servers
+from native import servers
 from tests import containers
 from tests.conftest import until
 
 
 class Compose:
-    """A copy of the project with a name, a port and passwords of its own."""
+    """A copy of the project with a name, images, a port and passwords of its own."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         ignore = shutil.ignore_patterns(".*", "__pycache__", "tests")
         shutil.copytree(servers.HERE, folder, ignore=ignore)
         self.folder = folder
+        self.name = f"tasks-test-{uuid.uuid4().hex[:12]}"
         self.port = servers.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.env = os.environ | {
-            "COMPOSE_PROJECT_NAME": f"tasks-test-{self.port}",
+            "COMPOSE_PROJECT_NAME": self.name,
+            "TAG": self.name,
             "PROJECT_ABSOLUTE_PATH": str(folder),
             "HTTP_PORT": str(self.port),
             "PROCESSING_SECONDS": "0.02",
@@ -46,6 +49,13 @@ class Compose:
         done = self.run("docker", "compose", "--project-directory", str(self.folder), *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    def close(self) -> None:
+        """Remove the containers, the volumes and the images."""
+        project = ("--project-directory", str(self.folder))
+        self.run("docker", "compose", *project, "down", "--volumes")
+        names = ("producer", "consumer", "rabbit")
+        self.run("docker", "rmi", *(f"localhost:5000/tasks-{name}:{self.name}" for name in names))
 
     def containers(self, service: str = "") -> list[str]:
         """Return the ids of a service's running containers."""
@@ -87,9 +97,7 @@ def compose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
         assert f"curl -X POST {compose.url}/api/v1/create-task" in started.stdout
         yield compose
     finally:
-        compose.run(
-            "docker", "compose", "--project-directory", str(compose.folder), "down", "--volumes"
-        )
+        compose.close()
 
 
 if containers.HAS_DOCKER or "CI" in os.environ:  # there its absence is a failure
