@@ -24,7 +24,7 @@ usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 }
 
-# The settings file of Compose and native.py gets the passwords that it lacks. Root made it for the
+# The settings file of Compose and native/run.py gets the passwords that it lacks. Root made it for the
 # user who called sudo.
 make_env() {
   local name
@@ -54,6 +54,12 @@ http_port() {
   echo "$port"
 }
 
+check_port() {
+  if (: >"/dev/tcp/127.0.0.1/$HTTP_PORT") 2>/dev/null; then
+    fail "port $HTTP_PORT is taken: set HTTP_PORT to a free one"
+  fi
+}
+
 has_docker() {
   command -v docker >/dev/null && docker info >/dev/null 2>&1 &&
     docker compose version >/dev/null 2>&1
@@ -65,13 +71,10 @@ compose() {
 
 up_docker() {
   has_docker || fail 'expected a Docker engine with Compose v2; without one use run.sh --native'
-  local port address
-  port=$(http_port)
-  export HTTP_PORT=$port
-  if [ -z "$(compose ps --quiet producer 2>/dev/null)" ] &&
-    (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-    fail "port $port is taken: set HTTP_PORT to a free one"
-  fi
+  local address
+  HTTP_PORT=$(http_port)
+  export HTTP_PORT
+  [ -n "$(compose ps --quiet producer 2>/dev/null)" ] || check_port
   # PostgreSQL keeps the password that it was made with.
   local volume=${COMPOSE_PROJECT_NAME:-tasks}_postgres
   if ! grep -qs '^POSTGRES_PASSWORD=' .env && docker volume inspect "$volume" >/dev/null 2>&1; then
@@ -82,7 +85,7 @@ up_docker() {
     compose logs --tail 20 producer consumer >&2
     fail 'not everything became healthy, see above; stop the rest with run.sh down'
   fi
-  address=http://127.0.0.1:$port
+  address=http://127.0.0.1:$HTTP_PORT
   local curl=curl
   if [ -n "${API_TOKEN:-$(sed -n 's/^API_TOKEN=//p' .env)}" ]; then
     # shellcheck disable=SC2016 # to be expanded by who pastes it
@@ -165,14 +168,13 @@ prepare_native() {
 }
 
 up_native() {
-  local port
-  port=$(http_port)
+  HTTP_PORT=$(http_port)
+  export HTTP_PORT
   make_env
-  if [ ! -e .run/native.pid ] && (: >"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-    fail "port $port is taken: set HTTP_PORT to a free one"
-  fi
+  # A supervisor that runs has the port: native/run.py will say so.
+  [ -d "/proc/$(cat .run/native.pid 2>/dev/null || echo none)" ] || check_port
   prepare_native venv requirements.txt
-  exec .run/venv/bin/python native.py
+  exec .run/venv/bin/python -m native.run
 }
 
 down() {
@@ -181,7 +183,7 @@ down() {
   elif command -v docker >/dev/null && [ "$(id -u)" != 0 ] && ! docker info >/dev/null 2>&1; then
     fail 'the Docker engine lets only root in: use sudo bash run.sh down'
   fi
-  if [ -x .run/venv/bin/python ]; then exec .run/venv/bin/python native.py down; fi
+  if [ -x .run/venv/bin/python ]; then exec .run/venv/bin/python -m native.run down; fi
 }
 
 main() {

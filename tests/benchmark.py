@@ -30,7 +30,7 @@ import requests
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import servers  # noqa: E402
+from native import servers  # noqa: E402
 
 PIPE_QUEUE = "bench.pipe"
 BODY = b"x" * 180
@@ -127,9 +127,7 @@ class Bench:
 
     def is_ready(self) -> bool:
         """Tell whether the producer is ready."""
-        with contextlib.suppress(requests.RequestException):
-            return self.session.get(f"{self.url}/readyz", timeout=10).status_code == 200
-        return False
+        return servers.is_ready("127.0.0.1", self.port)
 
     def wait(self, is_done: Callable[[], Any], what: str, timeout: float = 300) -> None:
         """Wait until something is so."""

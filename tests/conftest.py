@@ -18,7 +18,7 @@ import requests
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import servers
+from native import servers
 from tests import containers
 
 TIMEOUT_SECONDS = 60
@@ -114,9 +114,7 @@ class Stack:
 
         def is_ready() -> bool:
             assert service.poll() is None, service.log.read_text()
-            with contextlib.suppress(requests.RequestException):
-                return requests.get(f"{self.url}/readyz", timeout=20).status_code == 200
-            return False
+            return servers.is_ready("127.0.0.1", self.port)
 
         until(is_ready, timeout, "producer ready")
 

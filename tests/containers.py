@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg2
 
-import servers
+from native import servers
 
 HAS_DOCKER = (
     shutil.which("docker") is not None

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import requests
 
-import servers
+from native import servers
 from tests.conftest import SETTINGS, until
 
 

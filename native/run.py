@@ -5,25 +5,14 @@ Run it with `bash run.sh --native`, end it with Ctrl-C or `bash run.sh down`. Ex
 1 crash, 2 bad configuration."""
 
 import contextlib
-import http.client
-import json
 import os
 import pathlib
 import signal
 import sys
 import time
 
-from servers import (
-    HERE,
-    START_SECONDS,
-    Missing,
-    Postgres,
-    Process,
-    Rabbit,
-    Service,
-    free_port,
-    is_free,
-)
+from native.processes import HERE, START_SECONDS, Missing, Process
+from native.servers import Postgres, Rabbit, Service, is_ready
 
 
 def read_env_file(path: pathlib.Path) -> dict[str, str]:
@@ -31,13 +20,6 @@ def read_env_file(path: pathlib.Path) -> dict[str, str]:
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     pairs = [line.partition("=") for line in lines if line.strip() and not line.startswith("#")]
     return {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
-
-
-def port_number(value: str) -> int:
-    """Return the port that HTTP_PORT names."""
-    if not (value.isascii() and value.isdigit() and 0 < int(value) < 65536):
-        raise Missing(f"HTTP_PORT={value!r} is not valid: expected a number from 1 to 65535")
-    return int(value)
 
 
 class Project:
@@ -48,10 +30,9 @@ class Project:
         self.run.mkdir(exist_ok=True)
         self.pid_file = self.run / "native.pid"
         self.env = read_env_file(root / ".env") | dict(os.environ)
-        self.http_port = port_number(self.env.get("HTTP_PORT") or "8080")
         host = self.env.get("HTTP_HOST") or "127.0.0.1"
         self.host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-        self.address = f"http://{self.host}:{self.http_port}"
+        self.address = f"http://{self.host}:{self.env.get('HTTP_PORT')}"
         self.processes: list[Process] = []
         self.stop_asked = False
 
@@ -60,27 +41,19 @@ class Project:
         PermissionError if that is another user's."""
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
             pid = int(self.pid_file.read_text())
-            folder = os.readlink(f"/proc/{pid}/cwd")
             words = pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            if str(HERE / "native.py") in [os.path.join(folder, word) for word in words]:
+            if "native.run" in words and os.path.samefile(f"/proc/{pid}/cwd", HERE):
                 return pid
         return None
 
     def make(self) -> None:
-        """Prepare servers and services, on the ports of the last run where they are still free."""
-        ports_file = self.run / "ports.json"
-        ports = json.loads(ports_file.read_text()) if ports_file.exists() else {}
-        for name in ("postgres", "rabbit"):
-            if not is_free(ports.get(name, 0)) or name not in ports:
-                ports[name] = free_port()
-        ports_file.write_text(json.dumps(ports))
+        """Prepare servers and services."""
         passwords = [self.env.get(f"{name}_PASSWORD", "tasks") for name in ("POSTGRES", "RABBITMQ")]
-        postgres = Postgres(self.run / "postgres", ports["postgres"], passwords[0])
-        rabbit = Rabbit(self.run / "rabbit", ports["rabbit"], passwords[1])
+        postgres = Postgres(self.run / "postgres", password=passwords[0])
+        rabbit = Rabbit(self.run / "rabbit", password=passwords[1])
         env = self.env | {
             "DATABASE_URL": postgres.url,
             "RABBITMQ_URL": rabbit.url,
-            "HTTP_PORT": str(self.http_port),
             "PRODUCER_URL": self.address,
             "PYTHONPATH": f"{HERE / 'handlers'}:{self.env.get('PYTHONPATH', '')}",
         }
@@ -99,24 +72,11 @@ class Project:
         for process in self.processes:
             process.start()
         deadline = time.monotonic() + START_SECONDS
-        while not self.is_ready():
+        while not self.stop_asked and not is_ready(self.host, int(self.env["HTTP_PORT"])):
             self.revive()
             if time.monotonic() > deadline:
                 raise RuntimeError(f"not ready in {START_SECONDS} seconds, see {self.run}/*.log")
             self.pause(0.2)
-
-    def is_ready(self) -> bool:
-        """Tell whether the producer says so, or the user wants to stop."""
-        if self.stop_asked:
-            return True
-        client = http.client.HTTPConnection(self.host, self.http_port, timeout=5)
-        try:  # no urllib: it would ask a proxy that the environment names
-            client.request("GET", "/readyz")
-            return client.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            client.close()
 
     def revive(self) -> None:
         """Start again what has died; bad configuration ends the project instead."""
@@ -132,9 +92,11 @@ class Project:
             process.start()
 
     def supervise(self) -> None:
-        """Keep everything running until a signal asks to stop."""
+        """Keep everything running, and the logs short, until a signal asks to stop."""
         while not self.stop_asked:
             self.revive()
+            for process in self.processes:
+                process.rotate_log()
             self.pause(0.5)
 
     def pause(self, seconds: float) -> None:
@@ -176,13 +138,11 @@ class Project:
 
 
 def up(project: Project) -> None:
-    """Run a project until a signal."""
+    """Run a project until a signal; run.sh has checked HTTP_PORT."""
     if project.running_pid():
         raise Missing(
             f"it runs already, with pid {project.running_pid()}: stop it with run.sh down"
         )
-    if not is_free(project.http_port):
-        raise Missing(f"port {project.http_port} is taken: set HTTP_PORT to a free one")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, project.ask_to_stop)
     project.pid_file.write_text(str(os.getpid()))
@@ -215,7 +175,7 @@ def main() -> None:
     root = pathlib.Path(os.environ.get("PROJECT_ABSOLUTE_PATH") or HERE)
     command = sys.argv[1:] or ["up"]
     if command not in (["up"], ["down"]):
-        print(f"usage: native.py [up|down], got {' '.join(command)}", file=sys.stderr)
+        print(f"usage: python -m native.run [up|down], got {' '.join(command)}", file=sys.stderr)
         sys.exit(2)
     try:
         (up if command == ["up"] else down)(Project(root))

@@ -1,8 +1,10 @@
-"""Private PostgreSQL and RabbitMQ instances from the distribution's packages, and the project's own
-scripts, as child processes in a folder and on loopback ports: for native.py, tests, benchmark."""
+"""Private PostgreSQL and RabbitMQ servers from the distribution's packages, and the project's own
+scripts, as child processes in a folder and on loopback ports: for run.py, tests, benchmark."""
 
 import contextlib
 import glob
+import http.client
+import json
 import os
 import pathlib
 import shutil
@@ -10,20 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
-HERE = pathlib.Path(__file__).resolve().parent
-START_SECONDS = 90
-STOP_SECONDS = 60
+from native.processes import HERE, LOG_BYTES, STOP_SECONDS, Missing, Process, free_port
+
 AMQP_HEADER = b"AMQP\0\0\x09\x01"
 POSTGRES_SETTINGS = {"shared_buffers": "128MB", "max_connections": "100"}
 # The broker of Debian 12 knows no x-consumer-timeout; a task may run for hours all the same.
-RABBIT_CONFIG = "consumer_timeout = 2000000000\nlog.file.level = warning\n"
-
-
-class Missing(Exception):
-    """Something this needs is not there; the text says what to install or free."""
+RABBIT_CONFIG = f"""
+consumer_timeout = 2000000000
+log.file.level = warning
+log.file.rotation.size = {LOG_BYTES}
+log.file.rotation.count = 1
+"""
 
 
 def write_private(path: pathlib.Path, text: str) -> None:
@@ -31,97 +31,6 @@ def write_private(path: pathlib.Path, text: str) -> None:
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
-
-
-def free_port() -> int:
-    """Return a loopback port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def is_free(port: int) -> bool:
-    """Tell whether a loopback port can be bound."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
-
-
-class Process:
-    """A child in a session of its own: signals reach all of it, and Ctrl-C only its parent."""
-
-    stop_signal = signal.SIGTERM
-
-    def __init__(self, log: pathlib.Path) -> None:
-        self.log = log
-        self.child: subprocess.Popen | None = None
-
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        assert self.child is not None
-        return self.child.pid
-
-    def spawn(self, command: list[str], env: dict[str, str], cwd: pathlib.Path = HERE) -> None:
-        """Start a command with its output appended to the log."""
-        with self.log.open("ab") as log:
-            self.child = subprocess.Popen(
-                command,
-                env=env,
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def tied(self, command: list[str]) -> list[str]:
-        """Return the command that also gets its stop signal when the parent dies, even by SIGKILL.
-
-        An orphaned server would hold its port and data against every later start. The kernel
-        watches the thread that started the child: start none from a thread that ends before it.
-        """
-        return ["setpriv", f"--pdeathsig={self.stop_signal.name}", *command]
-
-    def wait_until(self, is_ready: Callable[[], bool]) -> None:
-        """Wait for a server to answer; raise with the end of its log if it does not."""
-        deadline = time.monotonic() + START_SECONDS
-        while not is_ready():
-            if self.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                tail = self.log.read_text("utf-8", "replace")[-2000:]
-                raise RuntimeError(f"{type(self).__name__} did not start: {self.log}:\n{tail}")
-            time.sleep(0.05)
-
-    def poll(self) -> int | None:
-        """Return the exit code, or None while it runs."""
-        return self.child.poll() if self.child else 0
-
-    def signal(self, number: int) -> None:
-        """Send a signal to the child and all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
-
-    def stop(self, timeout: float = STOP_SECONDS) -> int:
-        """Ask the child to end, SIGKILL it after the time-out; return its exit code."""
-        if self.child is None or self.child.poll() is not None:
-            return self.poll() or 0
-        self.child.send_signal(self.stop_signal)
-        try:
-            return self.child.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return self.kill()
-
-    def kill(self) -> int:
-        """SIGKILL the child and all that it started, and reap it; return its exit code."""
-        if self.child is None:
-            return 0
-        self.signal(signal.SIGKILL)
-        return self.child.wait()
 
 
 class Postgres(Process):
@@ -132,7 +41,6 @@ class Postgres(Process):
     def __init__(
         self,
         folder: pathlib.Path,
-        port: int | None = None,
         password: str = "tasks",
         settings: dict[str, str] | None = None,
     ) -> None:
@@ -140,7 +48,7 @@ class Postgres(Process):
         super().__init__(folder / "postgres.log")
         self.folder = folder
         self.data = folder / "data"
-        self.port = port or free_port()
+        self.port = free_port()
         self.password = password
         self.settings = POSTGRES_SETTINGS | (settings or {})
         self.bin = postgres_bin()
@@ -222,14 +130,13 @@ class Rabbit(Process):
     def __init__(
         self,
         folder: pathlib.Path,
-        port: int | None = None,
         password: str = "tasks",
         config: str = "",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder / "rabbit.log")
         self.folder = folder
-        self.port = port or free_port()
+        self.port = free_port()
         self.epmd: subprocess.Popen | None = None
         self.sbin = rabbit_sbin()
         self.url = f"amqp://tasks:{password}@127.0.0.1:{self.port}/%2F"
@@ -307,17 +214,38 @@ class Rabbit(Process):
 
 
 class Service(Process):
-    """One of the project's scripts as a child."""
+    """One of the project's scripts as a child, or of another checkout's."""
 
-    def __init__(self, script: str, env: dict[str, str], log: pathlib.Path) -> None:
+    def __init__(
+        self,
+        script: str,
+        env: dict[str, str],
+        log: pathlib.Path,
+        root: pathlib.Path = HERE,
+        python: str = sys.executable,
+    ) -> None:
         super().__init__(log)
         self.script = script
         self.env = env
+        self.command = [python, str(root / script)]
 
     def start(self) -> None:
         """Start the script; it may need a moment until it answers."""
-        env = os.environ | {"PYTHONUNBUFFERED": "1"} | self.env
-        self.spawn(self.tied([sys.executable, str(HERE / self.script)]), env)
+        self.spawn(self.tied(self.command), os.environ | {"PYTHONUNBUFFERED": "1"} | self.env)
+
+
+def is_ready(host: str, port: int) -> bool:
+    """Tell whether the producer there says that all it needs is ok: while only the broker is away,
+    it answers 200 as well, since it takes tasks."""
+    client = http.client.HTTPConnection(host, port, timeout=20)
+    try:  # no urllib: it would ask a proxy that the environment names
+        client.request("GET", "/readyz")
+        answer = client.getresponse()
+        return answer.status == 200 and set(json.load(answer).values()) == {"ok"}
+    except (OSError, http.client.HTTPException, ValueError, AttributeError):
+        return False  # or it is no producer
+    finally:
+        client.close()
 
 
 def postgres_bin() -> str:

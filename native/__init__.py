@@ -1,0 +1,1 @@
+"""The service without containers: its servers and scripts as child processes."""
