@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import Stack, until
+from tests.stack import Stack, until
 
 SENT_TIMEOUT_SECONDS = 30
 # A node of RabbitMQ 3.10 that dies while a quorum queue is new can come back with one that answers
@@ -98,9 +98,7 @@ def test_no_death_of_anything_loses_a_task(
         stack.close(queues=False)
         rabbit.stop()
         postgres.stop()
-        for process in stack.processes:
-            print(f"--- {process.log.name}")
-            print("\n".join(process.log.read_text("utf-8", "replace").splitlines()[-40:]))
+        stack.print_logs()
 
 
 def torment(victims: dict[str, Any], dice: random.Random, seconds: float) -> dict[str, int]:

@@ -14,7 +14,7 @@ import requests
 
 from native import servers
 from tests import containers
-from tests.conftest import until
+from tests.stack import until
 
 
 class Compose:

@@ -6,7 +6,7 @@ import time
 
 import pika
 
-from tests.conftest import Stack, until
+from tests.stack import Stack, until
 
 
 def test_a_thousand_tasks_end_as_their_handler_says(stack: Stack, tmp_path: pathlib.Path) -> None:

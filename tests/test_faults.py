@@ -15,7 +15,7 @@ import psycopg2
 import pytest
 import requests
 
-from tests.conftest import Stack, until
+from tests.stack import Stack, until
 
 
 @pytest.fixture
@@ -140,9 +140,7 @@ def own(server_classes: tuple, tmp_path: pathlib.Path, postgres: Any) -> Iterato
     finally:
         stack.close(queues=False)
         rabbit.stop()
-        for process in stack.processes:
-            print(f"--- {process.log.name}")
-            print("\n".join(process.log.read_text("utf-8", "replace").splitlines()[-60:]))
+        stack.print_logs()
 
 
 def test_a_killed_broker_comes_back_with_what_it_had(own: Stack, runs: pathlib.Path) -> None:
@@ -714,11 +712,7 @@ def test_a_database_that_refuses_writes_is_a_503_until_it_takes_them(
     answer = requests.post(f"{stack.url}/api/v1/create-task", json={"text": "a"}, timeout=60)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert "read-only" in answer.json()["error"]
-    with contextlib.closing(psycopg2.connect(stack.postgres.url)) as session:
-        session.autocommit = True
-        session.cursor().execute(
-            f"ALTER DATABASE {stack.database} RESET default_transaction_read_only"
-        )
+    stack.administer(f"ALTER DATABASE {stack.database} RESET default_transaction_read_only")
     stack.wait_status(ids, "success")
     assert set(stack.runs(runs).values()) == {1}
     until(lambda: stack.waiting() == 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import http_server
-from tests.conftest import until
+from tests.stack import until
 
 
 def echo(environ: dict, start_response: Callable) -> list[bytes]:

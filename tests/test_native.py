@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from native import processes, servers
-from tests.conftest import until
+from tests.stack import until
 
 
 def test_a_log_is_cut_while_its_child_goes_on_writing(

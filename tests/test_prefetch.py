@@ -4,7 +4,7 @@ counts as a delivery."""
 import pathlib
 import re
 
-from tests.conftest import Stack, until
+from tests.stack import Stack, until
 
 
 def test_slow_tasks_from_an_empty_queue_are_shared_evenly(

@@ -6,7 +6,7 @@ import uuid
 import pytest
 import requests
 
-from tests.conftest import Stack
+from tests.stack import Stack
 
 CREATE = "/api/v1/create-task"
 GET = "/api/v1/get-task-data"

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from native import servers
-from tests.conftest import SETTINGS, until
+from tests.stack import SETTINGS, until
 
 
 @pytest.fixture
