@@ -210,7 +210,7 @@ main() {
       ;;
     bench)
       prepare_native venv-test requirements.txt requirements-test.txt
-      exec .run/venv-test/bin/python tests/benchmark.py "${@:2}"
+      exec .run/venv-test/bin/python -m tests.benchmark "${@:2}"
       ;;
     -h | --help) usage ;;
     *)

@@ -1,0 +1,216 @@
+"""What the service is measured beside and with: the bare pika pipe, the load of single creates, and
+create-task on FastAPI."""
+
+import contextlib
+import json
+import multiprocessing
+import pathlib
+import re
+import selectors
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pika
+import requests
+
+from native import servers
+from tests.stack import until
+
+PIPE_QUEUE = "bench.pipe"
+PIPE_BODY = b"x" * 180
+PIPE_TRANSACTION = 500
+PIPE_PREFETCH = 1000
+PIPE_ACKS = 100
+TEXT = "x" * 100
+CLIENTS = 16
+
+
+def connect(url: str) -> pika.BlockingConnection:
+    """Return a connection to the broker."""
+    return pika.BlockingConnection(pika.URLParameters(url))
+
+
+def pipe_publish(url: str, count: int, clock: Any) -> None:
+    """Publish by callbacks, pika's fastest way, in AMQP transactions on two channels: one fills its
+    while the other commits. A process of its own."""
+    properties = pika.BasicProperties(delivery_mode=2)
+    sizes = [PIPE_TRANSACTION] * (count // PIPE_TRANSACTION) + [count % PIPE_TRANSACTION]
+    under_way = 2
+
+    def open_channels(connection: pika.SelectConnection) -> None:
+        for _ in range(2):
+            connection.channel(on_open_callback=select)
+
+    def select(channel: Any) -> None:
+        channel.tx_select(callback=lambda _: begin(channel))
+
+    def begin(channel: Any) -> None:
+        clock[0] = clock[0] or time.monotonic()
+        publish(channel)
+
+    def publish(channel: Any) -> None:
+        nonlocal under_way
+        if sizes:
+            for _ in range(sizes.pop()):
+                channel.basic_publish("", PIPE_QUEUE, PIPE_BODY, properties)
+            channel.tx_commit(callback=lambda _: publish(channel))
+            return
+        under_way -= 1
+        if under_way == 0:
+            channel.connection.close()
+
+    parameters = pika.URLParameters(url)
+    connection = pika.SelectConnection(parameters, on_open_callback=open_channels)
+    connection.add_on_close_callback(lambda *_: connection.ioloop.stop())
+    connection.ioloop.start()
+
+
+def pipe_publish_blocking(url: str, count: int, clock: Any) -> None:
+    """Publish in AMQP transactions by a BlockingConnection: half as fast."""
+    channel = connect(url).channel()
+    channel.tx_select()
+    properties = pika.BasicProperties(delivery_mode=2)
+    clock[0] = time.monotonic()
+    for sent in range(1, count + 1):
+        channel.basic_publish("", PIPE_QUEUE, PIPE_BODY, properties)
+        if sent % PIPE_TRANSACTION == 0 or sent == count:
+            channel.tx_commit()
+
+
+def pipe_consume(url: str, count: int, clock: Any, total: Any) -> None:
+    """Take messages by callback and ack them in groups, the last ones when no more come: a process
+    of its own, until all consumers together have taken so many."""
+    connection = connect(url)
+    channel = connection.channel()
+    channel.basic_qos(prefetch_count=PIPE_PREFETCH)
+    unacked = 0
+
+    def take(*_: Any) -> None:
+        nonlocal unacked
+        unacked += 1
+        if unacked == PIPE_ACKS:
+            ack()
+
+    def ack() -> None:
+        nonlocal unacked
+        channel.basic_ack(0, multiple=True)
+        with total.get_lock():
+            total.value += unacked
+        clock[1] = time.monotonic()
+        unacked = 0
+
+    channel.basic_consume(PIPE_QUEUE, take)
+    while total.value < count:
+        before = unacked
+        connection.process_data_events(0.01)
+        if unacked and unacked == before:
+            ack()
+    connection.close()
+
+
+def bare_pipe(url: str, count: int, publish: Callable[..., None] = pipe_publish) -> float:
+    """Return messages/s of pika alone, from the first publish to the last ack: a quorum queue, one
+    publisher, two consumers."""
+    with contextlib.closing(connect(url)) as connection:
+        channel = connection.channel()
+        channel.queue_delete(PIPE_QUEUE)
+        channel.queue_declare(PIPE_QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
+        clock, total = multiprocessing.Array("d", 2), multiprocessing.Value("i", 0)
+        consume = {"target": pipe_consume, "args": (url, count, clock, total)}
+        consumers = [multiprocessing.Process(**consume) for _ in range(2)]
+        for process in consumers:
+            process.start()
+        declared = lambda: channel.queue_declare(PIPE_QUEUE, passive=True).method  # noqa: E731
+        until(lambda: declared().consumer_count == 2, what="two consumers of the pipe")
+        publisher = multiprocessing.Process(target=publish, args=(url, count, clock))
+        publisher.start()
+        for process in (publisher, *consumers):
+            process.join()
+        channel.queue_delete(PIPE_QUEUE)
+    assert total.value == count, f"{total.value} of {count} messages came through the pipe"
+    return count / (clock[1] - clock[0])
+
+
+def create_load(url: str, count: int) -> tuple[float, list[float]]:
+    """Create tasks one by one over kept connections; return requests/s and their seconds.
+
+    One thread and prepared bytes, so that the machine's two cores go to the server, not to this.
+    """
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"text": TEXT}).encode()
+    head = (
+        f"POST /api/v1/create-task HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    )
+    request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    selector = selectors.DefaultSelector()
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for _ in range(CLIENTS):
+        client = socket.create_connection((host, int(port)))
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        selector.register(client, selectors.EVENT_READ, [time.perf_counter(), b""])
+        client.sendall(request)
+    while len(seconds) < count:
+        for key, _ in selector.select():
+            key.data[1] += key.fileobj.recv(65536)
+            top, _, rest = key.data[1].partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", top, re.IGNORECASE)
+            if length is None or len(rest) < int(length[1]):
+                continue
+            assert top.startswith(b"HTTP/1.1 201"), top
+            now = time.perf_counter()
+            seconds.append(now - key.data[0])
+            key.data[:] = now, b""
+            key.fileobj.sendall(request)
+    return len(seconds) / (time.perf_counter() - began), seconds
+
+
+def load_process(url: str, count: int, queue: Any) -> None:
+    """Run create_load in a process of its own."""
+    queue.put(create_load(url, count))
+
+
+def measure_creates(url: str, count: int, name: str) -> dict[str, float]:
+    """Return rate and latencies of single creates against a URL, after a warm-up."""
+    queue: Any = multiprocessing.Queue()
+    for number in (count // 10, count):
+        process = multiprocessing.Process(target=load_process, args=(url, number, queue))
+        process.start()
+        rate, seconds = queue.get()
+        process.join()
+    p50, p99 = percentiles(seconds)
+    return {f"{name}/s": rate, f"{name} p50 ms": p50, f"{name} p99 ms": p99}
+
+
+def percentiles(seconds: list[float]) -> tuple[float, float]:
+    """Return the 50th and 99th percentile in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100)
+    return cuts[49] * 1000, cuts[98] * 1000
+
+
+def creates(url: str, session: Any = requests) -> bool:
+    """Create a task at a URL; tell whether that was answered with 201."""
+    with contextlib.suppress(requests.RequestException):
+        answer = session.post(f"{url}/api/v1/create-task", json={"text": TEXT}, timeout=10)
+        return answer.status_code == 201
+    return False
+
+
+def create_peer(python: str, database_url: str, folder: pathlib.Path, count: int) -> dict:
+    """Return what single creates measure on FastAPI with uvicorn[standard] and asyncpg, in the same
+    table: uvloop and httptools, no access log, a pool of as many connections as clients."""
+    port = servers.free_port()
+    url = f"http://127.0.0.1:{port}"
+    peer = servers.Process(folder / "peer.log")
+    app = ["fastapi_peer:app", "--app-dir", str(servers.HERE / "tests"), "--port", str(port)]
+    fast = ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
+    env = {"DATABASE_URL": database_url, "PATH": "/usr/bin:/bin"}
+    peer.spawn(peer.tied([python, "-m", "uvicorn", *app, *fast]), env)
+    try:
+        until(lambda: creates(url), what=f"the peer takes tasks, see {peer.log}")
+        return measure_creates(url, count, "FastAPI create")
+    finally:
+        peer.stop()
