@@ -1,42 +1,82 @@
 """The HTTP server over raw sockets, with applications of the tests' own."""
 
+import contextlib
+import json
+import logging
+import resource
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+import http_connection
+import http_limits
 import http_server
 from tests.stack import until
 
+MIB = 1024 * 1024
+CHUNKED = b"POST /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+
 
 def echo(environ: dict, start_response: Callable) -> list[bytes]:
-    """Answer method, path, query and body; /slow takes a while, /raise fails."""
-    if environ["PATH_INFO"] == "/raise":
-        raise RuntimeError("told to fail")
+    """Answer method, path, query and body; /slow takes a while, /raise fails, /large is large, and
+    /size answers the body's size alone."""
+    body = environ["wsgi.input"].read()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    if environ["PATH_INFO"].startswith("/raise"):
+        raise RuntimeError(f"told to fail: {body.decode()}")
     if environ["PATH_INFO"] == "/slow":
         time.sleep(0.5)
-    body = environ["wsgi.input"].read()
+    if environ["PATH_INFO"] == "/large":
+        return [bytes(8 * MIB)]
+    if environ["PATH_INFO"] == "/size":
+        assert int(environ["CONTENT_LENGTH"]) == len(body)
+        assert "HTTP_TRANSFER_ENCODING" not in environ
+        return [b"%d" % len(body)]
     line = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {environ['QUERY_STRING']} "
-    start_response("200 OK", [("Content-Type", "text/plain")])
     return [line.encode("latin-1"), body]
 
 
+def refuse_all(environ: dict) -> str | None:
+    """Allow nothing but /open."""
+    return None if environ["PATH_INFO"] == "/open" else "expected a token"
+
+
 @pytest.fixture
-def server() -> Iterator[http_server.Server]:
-    server = http_server.Server("127.0.0.1", 0, echo)
-    server.serve()
-    yield server
-    if not server.stopping.is_set():
-        server.close(1)
+def start() -> Iterator[Callable[..., http_server.Server]]:
+    """Start servers with options; what they have counted is given back at the end."""
+    started: list[http_server.Server] = []
+
+    def start(app: Callable = echo, **options: Any) -> http_server.Server:
+        started.append(http_server.Server("127.0.0.1", 0, app, **options))
+        started[-1].serve()
+        return started[-1]
+
+    yield start
+    for server in started:
+        transit_bytes = server.transit.size
+        if not server.stopping.is_set():
+            server.close(5)
+        assert server.open_connections == 0 and not server.idle
+        assert server.transit.free == transit_bytes and not server.transit.open
+        assert server.work.free == server.work.size
+
+
+@pytest.fixture
+def server(start: Callable[..., http_server.Server]) -> http_server.Server:
+    return start()
 
 
 class Client:
     """A raw connection that reads one answer at a time."""
 
     def __init__(self, server: http_server.Server) -> None:
-        self.socket = socket.create_connection(server.server_address[:2], 10)
+        self.socket = socket.create_connection(server.server_address[:2], 20)
         self.file = self.socket.makefile("rb")
 
     def send(self, data: bytes) -> None:
@@ -102,7 +142,31 @@ def test_expect_100_continue_is_answered_before_the_body(client: Client) -> None
         (b"GET / HTTP/1.1\r\nA: b\r\n folded\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", 411),
+        (b"GET / HTTP/1.1\r\nContent_Length: 5\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: b\rc\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: b\nc\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: b\0c\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA: b\x1bc\r\n\r\n", 400),
+        (b"GET /\0 HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nA:" + b" " * 30_000 + b"\n\r\n\r\n", 400),
+        (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (CHUNKED[:-2] + b"Content-Length: 5\r\n\r\n0\r\n\r\n", 400),
+        (CHUNKED[:-2] + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 501),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+        (CHUNKED + b"x\r\n", 400),
+        (CHUNKED + b"-1\r\n", 400),
+        (CHUNKED + b"0x5\r\n", 400),
+        (CHUNKED + b"5 \r\nhello\r\n", 400),
+        (CHUNKED + b"5\nhello\r\n", 400),
+        (CHUNKED + b"5\r\nhello!\r\n", 400),
+        (CHUNKED + b"5\r\nhello\n0\r\n\r\n", 400),
+        (CHUNKED + b"5;a=\x01\r\nhello\r\n", 400),
+        (CHUNKED + b"5;" + b"a" * 2000, 400),
+        (CHUNKED + b"0\r\nno colon\r\n\r\n", 400),
+        (CHUNKED + b"0\r\n" + b"a: b\r\n" * 2000, 400),
+        (CHUNKED + b"1000001\r\n", 413),
+        (CHUNKED + b"ffffffffffffffff\r\n", 413),
         (b"POST / HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", 413),
         (b"GET / HTTP/1.1\r\nA: " + b"x" * 40_000 + b"\r\n\r\n", 431),
     ],
@@ -110,9 +174,11 @@ def test_expect_100_continue_is_answered_before_the_body(client: Client) -> None
 def test_what_cannot_be_read_is_refused_in_json_and_closed(
     client: Client, request_: bytes, status: int
 ) -> None:
+    began = time.monotonic()
     client.send(request_)
     answered, headers, body = client.read()
     assert (answered, headers["connection"]) == (status, "close")
+    assert time.monotonic() - began < 1
     assert b'"error"' in body
     assert client.read()[0] == 0
 
@@ -133,27 +199,354 @@ def test_head_has_no_body(client: Client) -> None:
 
 
 def test_too_slow_a_head_is_closed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(http_connection, "HEAD_SECONDS", 0.3)
     client.send(b"GET / HT")
     assert client.read()[0] == 0
 
 
-def test_connections_over_the_cap_get_a_503(
-    server: http_server.Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.places = threading.BoundedSemaphore(1)
-    first = Client(server)
-    first.send(b"GET / HTTP/1.1\r\n\r\n")
-    assert first.read()[0] == 200
-    second = Client(server)
-    status, headers, _ = second.read()
-    assert (status, headers["retry-after"]) == (503, "1")
-
-
-def test_closing_answers_what_is_under_way(server: http_server.Server) -> None:
+def upload(server: http_server.Server, size: int, sent: int) -> Client:
+    """Return a client that has sent so many bytes of a body."""
     client = Client(server)
-    client.send(b"GET /slow HTTP/1.1\r\n\r\n")
-    until(lambda: server.busy)
-    server.close(5)
+    client.send(b"POST /size HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size)
+    client.socket.settimeout(5)
+    with contextlib.suppress(TimeoutError, OSError):  # the server waits for room, or has closed
+        client.send(bytes(sent))
+    client.socket.settimeout(20)
+    return client
+
+
+def post(server: http_server.Server, size: int, path: bytes = b"/size") -> tuple[int, float]:
+    """Return the status of a request with a large body, and the seconds that it took."""
+    began = time.monotonic()
+    client = Client(server)
+    client.send(b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (path, size) + bytes(size))
+    status = client.read()[0]
+    client.socket.close()
+    return status, time.monotonic() - began
+
+
+@contextlib.contextmanager
+def trickle(clients: list[Client], seconds: float = 0.1) -> Iterator[None]:
+    """Let each client send a byte every so often."""
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.wait(seconds):
+            for client in clients:
+                with contextlib.suppress(OSError):  # the server has closed it
+                    client.socket.send(b"x", socket.MSG_DONTWAIT)
+
+    thread = threading.Thread(target=send, name="trickle")
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+    for client in clients:
+        client.socket.close()
+
+
+@pytest.fixture
+def many_files() -> None:
+    """Let this process open both ends of a thousand connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
+
+
+def test_an_unauthorised_body_is_refused_unread(start: Callable[..., http_server.Server]) -> None:
+    server = start(authorize=refuse_all)
+    began = time.monotonic()
+    for head in (b"Content-Length: 16777216\r\n\r\nx", b"Transfer-Encoding: chunked\r\n\r\n"):
+        client = Client(server)
+        client.send(b"POST /a HTTP/1.1\r\n" + head)
+        status, headers, body = client.read()
+        assert (status, headers["connection"]) == (401, "close")
+        assert json.loads(body) == {"error": "expected a token"}
+        assert client.read()[0] == 0
+    assert time.monotonic() - began < 1
+
+
+def test_an_unauthorised_request_without_a_body_keeps_the_connection(
+    start: Callable[..., http_server.Server],
+) -> None:
+    client = Client(start(authorize=refuse_all))
+    client.send(b"GET /a HTTP/1.1\r\n\r\nGET /open HTTP/1.1\r\n\r\n")
     status, headers, _ = client.read()
+    assert (status, headers["connection"]) == (401, "keep-alive")
+    assert headers["www-authenticate"] == "Bearer"
+    assert client.read()[2] == b"GET /open  "
+
+
+def test_a_refusal_reaches_a_client_that_sends_on(start: Callable[..., http_server.Server]) -> None:
+    client = Client(start(authorize=refuse_all))
+    client.send(b"POST /a HTTP/1.1\r\nContent-Length: 16777216\r\n\r\n" + bytes(16 * MIB))
+    assert client.read()[0] == 401
+
+
+@pytest.mark.parametrize(("count", "sent"), [(4, 16 * MIB - 100), (8, 15 * MIB), (500, 200_000)])
+def test_slow_uploads_keep_no_other_waiting(
+    server: http_server.Server, many_files: None, count: int, sent: int
+) -> None:
+    with ThreadPoolExecutor(32) as pool:
+        slow = list(pool.map(lambda _: upload(server, 16 * MIB, sent), range(count)))
+    with trickle(slow):
+        time.sleep(1.5)
+        for _ in range(3):
+            status, seconds = post(server, 1_500_000)
+            assert (status, seconds < 1) == (200, True), seconds
+
+
+def test_a_slow_upload_in_the_way_is_told_to_come_again(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start()
+    server.transit = http_limits.Transit(17 * MIB)
+    slow = upload(server, 16 * MIB, 2 * MIB)
+    time.sleep(1.2)
+    assert post(server, 16 * MIB - 1)[0] == 200
+    status, headers, body = slow.read()
+    assert (status, headers["retry-after"]) == (503, "1"), body
+
+
+def test_a_slow_upload_in_nobodys_way_is_read_to_its_end(server: http_server.Server) -> None:
+    slow = upload(server, 2 * MIB, 2 * MIB - 20)
+    with trickle([slow]):
+        assert slow.read()[2] == b"%d" % (2 * MIB)
+
+
+def test_uploads_that_do_not_fit_together_wait_for_each_other(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start()
+    server.transit = http_limits.Transit(20 * MIB)
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda _: post(server, 1_500_000), range(40)))
+    assert Counter(status for status, _ in answers) == {200: 40}
+
+
+def test_an_upload_without_room_in_time_is_a_503(
+    start: Callable[..., http_server.Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_limits, "WAIT_SECONDS", 0.3)
+    server = start()
+    server.transit = http_limits.Transit(17 * MIB)
+    eldest = upload(server, 16 * MIB, 2 * MIB)
+    until(lambda: server.transit.free < 16 * MIB)
+    status, headers, _ = upload(server, 8 * MIB, MIB).read()
+    assert (status, headers["retry-after"]) == (503, "1")
+    eldest.socket.close()
+
+
+def test_large_bodies_take_turns_in_the_application(
+    start: Callable[..., http_server.Server],
+) -> None:
+    lock, inside, most = threading.Lock(), 0, 0
+
+    def app(environ: dict, start_response: Callable) -> list[bytes]:
+        nonlocal inside, most
+        size = int(environ["CONTENT_LENGTH"])
+        with lock:
+            inside += size
+            most = max(most, inside)
+        time.sleep(0.02)
+        with lock:
+            inside -= size
+        return echo(environ, start_response)
+
+    server = start(app)
+    with ThreadPoolExecutor(30) as pool:
+        statuses = [pool.submit(post, server, 3 * MIB) for _ in range(29)]
+        statuses.append(pool.submit(post, server, 15 * MIB))
+        assert {future.result()[0] for future in statuses} == {200}
+    assert most == 15 * MIB
+
+
+def test_a_large_body_without_a_turn_in_time_is_a_503_and_a_small_one_needs_none(
+    start: Callable[..., http_server.Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_limits, "WORK_WAIT_SECONDS", 0.1)
+    server = start()
+    server.work = http_limits.Work(MIB)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, server, MIB, b"/slow")
+        until(lambda: server.work.free == 0)
+        client = upload(server, MIB, MIB)
+        status, headers, _ = client.read()
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert post(server, 10)[0] == 200
+        client.send(b"GET /a HTTP/1.1\r\n\r\n")  # its body was read
+        assert client.read()[0] == 200
+        assert first.result()[0] == 200
+
+
+def test_clients_that_do_not_read_keep_no_other_waiting(server: http_server.Server) -> None:
+    deaf = [Client(server) for _ in range(9)]
+    for client in deaf:
+        client.send(b"GET /large HTTP/1.1\r\n\r\n")
+    until(lambda: server.transit.free < 0)
+    time.sleep(1.2)
+    status, seconds = post(server, 1_500_000)
+    assert (status, seconds < 1) == (200, True), seconds
+    for client in deaf:
+        client.socket.close()
+
+
+def test_a_large_answer_is_read_slowly_if_it_is_in_nobodys_way(client: Client) -> None:
+    client.send(b"GET /large HTTP/1.1\r\n\r\n")
+    time.sleep(1.2)
+    assert len(client.read()[2]) == 8 * MIB
+
+
+def test_a_large_body_is_out_of_memory_before_its_answer(
+    start: Callable[..., http_server.Server],
+) -> None:
+    environs = []
+
+    def app(environ: dict, start_response: Callable) -> list[bytes]:
+        environs.append(environ)  # as Bottle does
+        return echo(environ, start_response)
+
+    assert post(start(app), MIB)[0] == 200
+    assert "wsgi.input" not in environs[0]
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 100_000])
+def test_a_chunked_body_is_read_in_any_pieces(client: Client, pieces: int) -> None:
+    request_ = (
+        CHUNKED[:-2].replace(b"chunked", b"Chunked")
+        + b"Expect: 100-continue\r\n\r\n"
+        + b'5\r\nhello\r\n006;a="b"\r\n world\r\n0;last\r\nDigest: x\r\n\r\n'
+        + b"GET /b HTTP/1.1\r\n\r\n"
+    )
+    for first in range(0, len(request_), pieces):
+        client.send(request_[first : first + pieces])
+    answer = client.read()
+    if answer[0] == 100:
+        answer = client.read()
+    assert answer[2] == b"POST /a  hello world"
+    assert client.read()[2] == b"GET /b  "
+
+
+def test_expect_100_continue_is_answered_before_a_chunked_body(client: Client) -> None:
+    client.send(CHUNKED[:-2] + b"Expect: 100-continue\r\n\r\n")
+    assert client.read()[0] == 100
+    client.send(b"2\r\nhi\r\n0\r\n\r\n")
+    assert client.read()[2] == b"POST /a  hi"
+
+
+def test_a_chunked_body_of_16_mib_is_an_ordinary_one_and_a_byte_more_is_refused(
+    server: http_server.Server,
+) -> None:
+    for more, status, answer in ((b"", 200, b"16777216"), (b"1\r\nx\r\n", 413, None)):
+        client = Client(server)
+        client.send(CHUNKED.replace(b"/a", b"/size"))
+        for _ in range(16):
+            client.send(b"100000\r\n" + bytes(MIB) + b"\r\n")
+        client.send(more + b"0\r\n\r\n")
+        answered, _, body = client.read()
+        assert (answered, answer or body) == (status, body)
+
+
+def test_the_longest_idle_connection_makes_room_for_a_new_one(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start(max_connections=3)
+    busy, kept, unused = Client(server), Client(server), Client(server)
+    kept.send(b"GET /a HTTP/1.1\r\n\r\n")
+    assert kept.read()[0] == 200
+    busy.send(b"POST /slow HTTP/1.1\r\nContent-Length: 2\r\n\r\n")
+    idle = {client.socket.getsockname() for client in (kept, unused)}
+    until(lambda: {each.address for each in tuple(server.idle)} == idle)
+    for _ in range(2):
+        new = Client(server)
+        new.send(b"GET /b HTTP/1.1\r\n\r\n")
+        assert new.read()[2] == b"GET /b  "
+    assert unused.read()[0] == 0
+    assert kept.read()[0] == 0
+    busy.send(b"hi")
+    assert busy.read()[2] == b"POST /slow  hi"
+
+
+def test_520_idle_connections_and_slow_heads_keep_nobody_out(
+    server: http_server.Server, many_files: None
+) -> None:
+    waiting = [Client(server) for _ in range(520)]
+    for client in waiting[::2]:
+        client.send(b"GET / HT")
+    for _ in range(20):
+        status, seconds = post(server, 10)
+        assert (status, seconds < 0.5) == (200, True), seconds
+    for client in waiting:
+        client.socket.close()
+
+
+def test_what_an_evicted_connection_has_sent_is_answered(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start()
+    client = Client(server)
+    until(lambda: server.idle)
+    connection = next(iter(server.idle))
+    client.send(b"GET /a HTTP/1.1\r\n\r\n")
+    connection.end_soon()
+    assert client.read()[2] == b"GET /a  "
+    assert client.read()[0] == 0
+
+
+def test_connections_over_the_cap_get_a_503_if_none_is_idle(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start(max_connections=1)
+    first = Client(server)
+    first.send(b"GET /slow HTTP/1.1\r\n\r\n")
+    until(lambda: server.open_connections and not server.idle)
+    status, headers, _ = Client(server).read()
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert first.read()[0] == 200
+
+
+def test_a_refused_client_that_sends_on_does_not_keep_its_place(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start(authorize=refuse_all, max_connections=1)
+    refused = Client(server)
+    refused.send(b"POST /a HTTP/1.1\r\nContent-Length: 99\r\n\r\n")
+    assert refused.read()[0] == 401
+
+    def is_open() -> bool:
+        new = Client(server)
+        new.send(b"GET /open HTTP/1.1\r\n\r\n")
+        return new.read()[0] == 200
+
+    until(is_open, 5)  # it is not the client who has to go first
+
+
+def test_the_log_holds_no_lines_of_a_clients_own(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "http")
+    body = b"a\x1b[1mb\nERROR forged " + b"x" * 100_000
+    head = b"POST /raise%%0Aforged HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
+    client.send(head % len(body) + body)
+    assert client.read()[0] == 500
+    assert any("told to fail: a\\x1b[1mb" in record.getMessage() for record in caplog.records)
+    for record in caplog.records:
+        assert len(record.getMessage()) < 500 and record.exc_info is None
+        assert "\n" not in record.getMessage() and "\x1b" not in record.getMessage()
+
+
+def test_closing_answers_what_is_under_way_and_ends_the_rest(
+    server: http_server.Server,
+) -> None:
+    slow, idle, body = Client(server), Client(server), Client(server)
+    slow.send(b"GET /slow HTTP/1.1\r\n\r\n")
+    body.send(b"POST /a HTTP/1.1\r\nContent-Length: 2\r\n\r\nh")
+    until(lambda: server.open_connections == 3 and len(server.idle) == 1)
+    closing = threading.Thread(target=server.close, args=(5,))
+    closing.start()
+    assert idle.read()[0] == 0
+    body.send(b"i")
+    assert body.read()[2] == b"POST /a  hi"
+    status, headers, _ = slow.read()
     assert (status, headers["connection"]) == (200, "close")
+    closing.join(1)
+    assert not closing.is_alive()
