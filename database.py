@@ -1,59 +1,24 @@
-"""The only door to PostgreSQL: the connection pool and every SQL statement. Only the producer
-imports it, and every function that takes a cursor runs inside the caller's transaction."""
+"""Every SQL statement on the table of tasks. Only the producer imports this, and every function
+runs inside the transaction of the cursor that it gets."""
 
 import json
-import logging
 import math
 import random
-import select
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psycopg2
-import psycopg2.errors
-import psycopg2.extensions
+import process
+import task
 
-import broker
-import states
-
-log = logging.getLogger("database")
-
-
-def dsn(value: str) -> str:
-    """Check a libpq URL or key=value string."""
-    try:
-        psycopg2.extensions.parse_dsn(value)
-    except psycopg2.ProgrammingError as error:
-        raise ValueError(f"expected postgresql://user:password@host:port/name: {error}") from None
-    return value
-
-
-URL = broker.setting("DATABASE_URL", "postgresql://tasks:tasks@127.0.0.1:5432/tasks", dsn)
-CONNECTIONS = 16  # for HTTP and the housekeeper; each lane of the dispatcher has one more
-CONNECTION_WAIT_SECONDS = 2  # for a free one, then 503
-REPEAT_SECONDS = 5  # a transaction that failed later than this is not tried again
-CONNECT_SECONDS = 3  # for each host
-REPLY_SECONDS = 15  # longer than statement_timeout: only a frozen server is silent for so long
-# The planner must not choose by stale statistics: a queue's table is empty now and full soon.
-SERVER_OPTIONS = (
-    "-c timezone=UTC -c client_encoding=UTF8 -c lock_timeout=2000 -c statement_timeout=10000"
-    " -c idle_in_transaction_session_timeout=60000"
-    " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
-)
 ARCS = 16  # of a claim: enough that one batch is spread evenly, and no slower than one
 HOUSEKEEPING_ROWS = 5000
 SWEEP_PAGES = 128
-SCHEMA = Path(__file__).with_name("schema.sql")
-SCHEMA_LOCK = 0x7461736B  # "task"; two producers that start together would collide in CREATE
 
 TASK_COLUMNS = "id, text, status, attempt, result, error, run_at, created_at, sent_at, finished_at"
 
 INSERT_TASKS = f"""
-INSERT INTO tasks (id, text, run_at, held)
+INSERT INTO tasks (id, text, run_at, delayed)
 SELECT id, text, run_at, coalesce(run_at > now(), false)
 FROM unnest(%(ids)s::uuid[], %(texts)s::text[], %(run_ats)s::timestamptz[])
     AS new (id, text, run_at)
@@ -61,6 +26,9 @@ ORDER BY id
 ON CONFLICT (id) DO NOTHING
 RETURNING {TASK_COLUMNS}
 """
+
+# One trip for both. A group must not wait long for the one member whose id is locked elsewhere.
+INSERT_GROUP = f"SET LOCAL lock_timeout = 100; {INSERT_TASKS}"
 
 PROBE = "SELECT FROM tasks LIMIT 0"
 
@@ -70,7 +38,7 @@ SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[]
 # on attempt or status would be tested against the old snapshot and miss the row, and locking in
 # arrival order would deadlock two groups.
 LOCK_TASKS = """
-SELECT id, status, attempt, failures, starts, start_token, held,
+SELECT id, status, attempt, failures, starts, start_token, delayed,
     extract(epoch FROM clock_timestamp() - greatest(sent_at, touched_at))::float8
 FROM tasks
 WHERE id = ANY(%(ids)s::uuid[])
@@ -85,7 +53,7 @@ SET status = new.status,
     failures = new.failures,
     starts = new.starts,
     start_token = new.start_token,
-    held = new.held,
+    delayed = new.delayed,
     result = CASE WHEN new.status = 'success' THEN new.result END,
     error = CASE WHEN new.status <> 'success' THEN coalesce(new.error, tasks.error) END,
     run_at = coalesce(now() + make_interval(secs => new.delay), tasks.run_at),
@@ -98,37 +66,20 @@ SET status = new.status,
     finished_at = CASE WHEN new.status IN ('success', 'error') THEN now() END
 FROM json_to_recordset(%(rows)s) AS new (
     id uuid, status task_status, attempt int, failures int, starts int, start_token text,
-    held bool, result text, error text, delay float8, touched bool
+    delayed bool, result text, error text, delay float8, touched bool
 )
 WHERE tasks.id = new.id
 """
 
-# A sample of all that waits, in one trip: of each arc of the ring of picks the first rows upward.
-# The arcs take turns, so that a cut by rows or bytes favours none. Rows locked elsewhere are
-# skipped, so that several dispatchers share the work and none waits.
-CLAIM_TASKS = """
-WITH candidate AS MATERIALIZED (
-    SELECT found.*
-    FROM unnest(%(lows)s::float8[], %(highs)s::float8[]) AS arc (low, high),
-        LATERAL (
-            SELECT id, octet_length(text) AS bytes, pick + (pick < %(first)s)::int AS place
-            FROM tasks
-            WHERE status = 'pending' AND NOT held AND pick >= arc.low AND pick < arc.high
-            ORDER BY pick
-            LIMIT %(share)s
-            FOR UPDATE SKIP LOCKED
-        ) AS found
-), ordered AS (
-    SELECT id, bytes, row_number() OVER (
-        PARTITION BY floor((place - %(first)s) * %(arcs)s) ORDER BY place
-    ) AS turn
-    FROM candidate
-), measured AS (
+# What a claim of either kind does with its candidates, in the order of their turns. It bounds a
+# batch by bytes too: a task may hold a megabyte.
+SEND_CANDIDATES = """
+measured AS (
     SELECT
         id,
         row_number() OVER in_turn AS position,
         sum(bytes) OVER in_turn - bytes AS bytes_before
-    FROM ordered
+    FROM candidate
     WINDOW in_turn AS (ORDER BY turn, id)
 )
 UPDATE tasks
@@ -138,16 +89,48 @@ WHERE tasks.id = measured.id AND position <= %(limit)s AND bytes_before < %(byte
 RETURNING tasks.id, tasks.text, tasks.attempt, tasks.touched_at IS NOT NULL
 """
 
+# A sample of all that waits, in one trip: of each arc of the ring of picks the first rows upward.
+# The arcs take turns, so that a cut by rows or bytes favours none. Rows locked elsewhere are
+# skipped, so that several dispatchers share the work and none waits.
+CLAIM_RANDOM_TASKS = f"""
+WITH found AS MATERIALIZED (
+    SELECT waiting.*
+    FROM unnest(%(lows)s::float8[], %(highs)s::float8[]) AS arc (low, high),
+        LATERAL (
+            SELECT id, octet_length(text) AS bytes, pick + (pick < %(first)s)::int AS place
+            FROM tasks
+            WHERE status = 'pending' AND NOT delayed AND pick >= arc.low AND pick < arc.high
+            ORDER BY pick
+            LIMIT %(share)s
+            FOR UPDATE SKIP LOCKED
+        ) AS waiting
+), candidate AS (
+    SELECT id, bytes, row_number() OVER (
+        PARTITION BY floor((place - %(first)s) * %(arcs)s) ORDER BY place
+    ) AS turn
+    FROM found
+), {SEND_CANDIDATES}"""
+
+CLAIM_TASKS_BY_ID = f"""
+WITH candidate AS MATERIALIZED (
+    SELECT id, octet_length(text) AS bytes, 0 AS turn
+    FROM tasks
+    WHERE id = ANY(%(ids)s::uuid[]) AND status = 'pending' AND NOT delayed
+    ORDER BY id
+    FOR UPDATE SKIP LOCKED
+), {SEND_CANDIDATES}"""
+
 RELEASE_DUE_TASKS = """
 UPDATE tasks
-SET held = false
+SET delayed = false
 WHERE id = ANY(ARRAY(
     SELECT id FROM tasks
-    WHERE held AND run_at <= now()
+    WHERE delayed AND run_at <= now()
     ORDER BY run_at
     LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED
 ))
+RETURNING id
 """
 
 # The same attempt again: neither a failure nor a new run if a copy turns up after all.
@@ -161,12 +144,27 @@ WHERE id = ANY(ARRAY(
     LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED
 ))
+RETURNING id
+"""
+
+# Times of a clock that was ahead, of a server that failed over for instance: the rescue would wait
+# until they have passed.
+CUT_FUTURE_TASKS = """
+UPDATE tasks
+SET sent_at = least(sent_at, now()),
+    touched_at = CASE WHEN touched_at > now() THEN now() ELSE touched_at END
+WHERE id = ANY(ARRAY(
+    SELECT id FROM tasks
+    WHERE status = 'sent' AND greatest(sent_at, touched_at) > now()
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
 """
 
 COUNT_PAGES = "SELECT pg_relation_size('tasks') / current_setting('block_size')::int"
 
-# By page, as no index on finished_at is worth its upkeep for a sweep that is never in a hurry.
-DELETE_FINISHED_TASKS = """
+# By page: a sweep is never in a hurry, and an index on finished_at would cost every task.
+DELETE_ENDED_TASKS = """
 DELETE FROM tasks
 WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM tasks
@@ -177,141 +175,27 @@ WHERE ctid = ANY(ARRAY(
 ))
 """
 
-# Away, full, read-only, over a time limit, or so new that its table is not there yet.
-UNAVAILABLE = (
-    psycopg2.OperationalError,
-    psycopg2.InterfaceError,
-    psycopg2.InternalError,
-    psycopg2.errors.UndefinedTable,
-)
+SHOW_SYNCHRONOUS_STANDBYS = "SHOW synchronous_standby_names"
 
 
 class NewTask(NamedTuple):
-    """A task to insert; run_at in the future holds it back."""
+    """A task to insert; run_at in the future delays it."""
 
     id: str
     text: str
     run_at: datetime | None
 
 
-class Unavailable(Exception):
-    """The database cannot do it now; nothing was changed, or nobody can know yet."""
+class Claimed(NamedTuple):
+    """A task that a claim has marked as sent. seen: a consumer has had this attempt before."""
+
+    id: str
+    text: str
+    attempt: int
+    seen: bool
 
 
-def wait_for_reply(connection: psycopg2.extensions.connection) -> None:
-    """Wait until the server has answered: TCP time-outs do not fire for a frozen server whose
-    kernel still acknowledges. psycopg2 closes the connection if this raises."""
-    poller = select.poll()
-    connecting = connection.status == psycopg2.extensions.STATUS_SETUP
-    seconds = CONNECT_SECONDS if connecting else REPLY_SECONDS
-    deadline = time.monotonic() + seconds
-    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        reading = state == psycopg2.extensions.POLL_READ
-        poller.register(connection.fileno(), select.POLLIN if reading else select.POLLOUT)
-        if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
-            raise psycopg2.OperationalError(f"no reply in {seconds} seconds")
-
-
-def hosts(parameters: dict[str, str]) -> list[dict[str, str]]:
-    """Return what tells each host of a URL from the others: with a wait callback libpq would wait
-    for a silent first one for ever, and never reach the second."""
-    lists = {
-        name: parameters[name].split(",")
-        for name in ("host", "hostaddr", "port")
-        if name in parameters
-    }
-    count = max((len(values) for values in lists.values()), default=1)
-    return [
-        {name: values[index if len(values) > 1 else 0] for name, values in lists.items()}
-        for index in range(count)
-    ]
-
-
-def connect() -> psycopg2.extensions.connection:
-    """Connect to the first host that will have us; the URL's own options are honoured."""
-    psycopg2.extensions.set_wait_callback(wait_for_reply)
-    parameters = psycopg2.extensions.parse_dsn(URL) | {
-        "application_name": "tasks-producer",
-        "keepalives_idle": 30,
-        "keepalives_interval": 10,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 30_000,
-    }
-    parameters["options"] = f"{SERVER_OPTIONS} {parameters.get('options', '')}"
-    reasons = []
-    for host in hosts(parameters):
-        try:
-            return psycopg2.connect(**(parameters | host))
-        except psycopg2.OperationalError as error:
-            reasons.append(str(error).strip())
-    raise psycopg2.OperationalError("; ".join(reasons))
-
-
-class Pool:
-    """Connections kept between requests; a caller waits for a free one, but not for ever."""
-
-    def __init__(self, size: int = CONNECTIONS) -> None:
-        self.places = threading.BoundedSemaphore(size)
-        self.idle: list[psycopg2.extensions.connection] = []
-
-    def statement(self, work: Callable[[Any], Any]) -> Any:
-        """Return work(cursor), whose statements each commit themselves: one trip to the server
-        instead of three. The work must be repeatable."""
-        return self.transaction(work, autocommit=True)
-
-    def transaction(
-        self, work: Callable[[Any], Any], repeatable: bool = True, autocommit: bool = False
-    ) -> Any:
-        """Return work(cursor), committed. Raise Unavailable if the database cannot do it now.
-
-        A kept connection may have died unnoticed and a deadlock's victim has done nothing wrong, so
-        it is tried again; after a COMMIT of unknown outcome only if the work is repeatable.
-        """
-        if not self.places.acquire(timeout=CONNECTION_WAIT_SECONDS):
-            raise Unavailable("all database connections are busy")
-        try:
-            deadline = time.monotonic() + REPEAT_SECONDS
-            while True:
-                connection, committing = None, False
-                try:
-                    connection = self.idle.pop() if self.idle else connect()
-                    connection.autocommit = autocommit
-                    with connection.cursor() as cursor:
-                        result = work(cursor)
-                    committing = True
-                    connection.commit()
-                    self.idle.append(connection)
-                    return result
-                except UNAVAILABLE as error:
-                    lost = connection is not None and connection.closed
-                    again = isinstance(error, psycopg2.errors.DeadlockDetected) or (
-                        lost and (repeatable or not committing)
-                    )
-                    self.discard(connection, error)
-                    if time.monotonic() > deadline or not again:
-                        raise Unavailable(str(error).strip()) from error
-        finally:
-            self.places.release()
-
-    def discard(self, connection: psycopg2.extensions.connection | None, error: Exception) -> None:
-        """Close a connection after an error, and the idle ones if they may be as dead as it is."""
-        if connection is None:
-            return
-        log.debug("connection discarded: %s", error)
-        if connection.closed or isinstance(error, psycopg2.errors.ReadOnlySqlTransaction):
-            while self.idle:
-                self.idle.pop().close()
-        connection.close()
-
-
-def apply_schema(cursor: Any) -> None:
-    """Make what of the schema is not there yet."""
-    cursor.execute("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
-    cursor.execute("SELECT pg_advisory_xact_lock(%s)", (SCHEMA_LOCK,))
-    cursor.execute(SCHEMA.read_text("utf-8"))
-
-
-def as_task(row: tuple) -> dict[str, Any]:
+def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
     """Return a row of TASK_COLUMNS as the JSON object of the API."""
     task_id, text, status, attempt, result, error, *times = row
     run_at, created_at, sent_at, finished_at = map(as_iso, times)
@@ -331,19 +215,21 @@ def as_task(row: tuple) -> dict[str, Any]:
 
 def as_iso(time_: datetime | None) -> str | None:
     """Return a time as ISO 8601 in UTC."""
-    return time_ and time_.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    return None if time_ is None else time_.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-def select_tasks(cursor: Any, ids: list[str]) -> dict[str, dict]:
+def select_tasks(cursor: Any, ids: list[str]) -> dict[str, dict[str, Any]]:
     """Return the tasks of these ids that exist, by id."""
     cursor.execute(SELECT_TASKS, {"ids": ids})
     return {row[0]: as_task(row) for row in cursor}
 
 
-def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict]:
+def insert_tasks(
+    cursor: Any, new: Iterable[NewTask], statement: str = INSERT_TASKS
+) -> dict[str, dict[str, Any]]:
     """Insert what is not there yet; return all of them by id, the older ones as they are."""
     columns = dict(zip(("ids", "texts", "run_ats"), map(list, zip(*new, strict=True)), strict=True))
-    cursor.execute(INSERT_TASKS, columns)
+    cursor.execute(statement, columns)
     tasks = {row[0]: as_task(row) for row in cursor}
     missing = [id for id in columns["ids"] if id not in tasks]
     if missing:  # a statement of its own: the first one's snapshot may be older than the rival row
@@ -351,61 +237,69 @@ def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict]:
     return tasks
 
 
-def apply_reports(cursor: Any, reports: list[states.Report]) -> list[states.Refusal | None]:
-    """Lock the rows, judge every report in order, write what changed; return the verdicts."""
+def apply_reports(
+    cursor: Any, reports: list[task.Report]
+) -> tuple[list[task.Refusal | None], list[str]]:
+    """Lock the rows, judge every report in order, write what changed; return the verdicts, and the
+    ids of the tasks that may be picked now."""
     cursor.execute(LOCK_TASKS, {"ids": list({report.id for report in reports})})
-    rows = {row[0]: states.Row(*row) for row in cursor}
-    verdicts = []
-    for report in reports:
-        row = rows.get(report.id)
-        if row is None:
-            verdicts.append(states.Refusal(404, f"no task has the id {report.id}"))
-        else:
-            verdicts.append(states.judge(row, report))
-    changed = [row.as_dict() for row in rows.values() if row.changed]
+    rows = {row[0]: task.Row(*row) for row in cursor}
+    verdicts = [
+        task.judge(rows[report.id], report)
+        if report.id in rows
+        else task.Refusal(404, f"no task has the id {report.id}")
+        for report in reports
+    ]
+    changed = [row for row in rows.values() if row.changed]
     if changed:
-        cursor.execute(UPDATE_TASKS, {"rows": json.dumps(changed)})
-    return verdicts
+        cursor.execute(UPDATE_TASKS, {"rows": json.dumps([row.as_dict() for row in changed])})
+    return verdicts, [row.id for row in changed if row.status == "pending" and not row.delayed]
 
 
-def claim_tasks(cursor: Any, limit: int, size: int) -> list[tuple[str, str, int, bool]]:
-    """Mark random pending tasks as sent, at most limit and size bytes (the last may reach over);
-    return id, text, attempt, and whether a consumer has held this attempt before, of each."""
+def claim_random_tasks(cursor: Any, limit: int, size: int, span: float = 1.0) -> list[Claimed]:
+    """Mark random pending tasks as sent, at most limit and size bytes (the last may reach over).
+
+    A span below 1 looks at that part of the ring only, in arcs spread over all of it.
+    """
     arcs, first = min(ARCS, limit), random.random()
     lows = [(first + index / arcs) % 1 for index in range(arcs)]
-    highs = [min(low + 1 / arcs, 1.0) for low in lows]
-    crossing = max(lows) + 1 / arcs - 1  # the arc that crosses 1 goes on at 0
-    cursor.execute(
-        CLAIM_TASKS,
-        {
-            "first": first,
-            "arcs": arcs,
-            "lows": [*lows, 0.0],
-            "highs": [*highs, crossing],
-            "share": math.ceil(limit / arcs),
-            "limit": limit,
-            "bytes": size,
-        },
-    )
-    return cursor.fetchall()
+    highs = [min(low + span / arcs, 1.0) for low in lows]
+    beyond = max(lows) + span / arcs - 1  # the arc that crosses 1 goes on at 0
+    bounds = {"first": first, "arcs": arcs, "lows": [*lows, 0.0], "highs": [*highs, beyond]}
+    sizes = {"share": math.ceil(limit / arcs), "limit": limit, "bytes": size}
+    cursor.execute(CLAIM_RANDOM_TASKS, bounds | sizes)
+    return [Claimed(*row) for row in cursor]
 
 
-def release_due(cursor: Any) -> int:
-    """Let held tasks whose time has come be picked; return how many."""
+def claim_tasks_by_id(cursor: Any, ids: list[str], size: int) -> list[Claimed]:
+    """Mark those of these tasks that are pending as sent, at most size bytes."""
+    cursor.execute(CLAIM_TASKS_BY_ID, {"ids": ids, "limit": len(ids), "bytes": size})
+    return [Claimed(*row) for row in cursor]
+
+
+def release_due(cursor: Any) -> list[str]:
+    """Let delayed tasks whose time has come be picked; return their ids."""
     cursor.execute(RELEASE_DUE_TASKS, {"limit": HOUSEKEEPING_ROWS})
-    return cursor.rowcount
+    return [task_id for (task_id,) in cursor]
 
 
-def rescue_lost(cursor: Any) -> int:
-    """Return to pending what was sent and not touched for the whole time-out; return how many."""
-    seconds = broker.SENT_TIMEOUT_SECONDS
+def rescue_lost(cursor: Any) -> list[str]:
+    """Return to pending what was sent and not touched for the whole time-out; return the ids."""
+    cursor.execute(CUT_FUTURE_TASKS, {"limit": HOUSEKEEPING_ROWS})
+    seconds = process.SENT_TIMEOUT_SECONDS
     cursor.execute(RESCUE_LOST_TASKS, {"limit": HOUSEKEEPING_ROWS, "seconds": seconds})
-    return cursor.rowcount
+    return [task_id for (task_id,) in cursor]
 
 
 def sweep(cursor: Any, page: int, days: int) -> int:
-    """Delete finished tasks older than days in the pages from page on; return the next page."""
+    """Delete ended tasks older than days in the pages from page on; return the next page."""
     bounds = {"first": f"({page},0)", "end": f"({page + SWEEP_PAGES},0)", "days": days}
-    cursor.execute(DELETE_FINISHED_TASKS, bounds)
+    cursor.execute(DELETE_ENDED_TASKS, bounds)
     cursor.execute(COUNT_PAGES)
     return page + SWEEP_PAGES if page + SWEEP_PAGES < cursor.fetchone()[0] else 0
+
+
+def has_synchronous_standby(cursor: Any) -> bool:
+    """Tell whether a COMMIT waits for a standby."""
+    cursor.execute(SHOW_SYNCHRONOUS_STANDBYS)
+    return bool(cursor.fetchone()[0])

@@ -1,9 +1,6 @@
-"""The producer's background threads: the dispatcher that feeds random pending tasks to RabbitMQ,
-and the housekeeper that releases due tasks, rescues lost ones and deletes old ones."""
+"""The producer's dispatcher: equal threads that feed random pending tasks to RabbitMQ."""
 
 import contextlib
-import functools
-import json
 import logging
 import math
 import threading
@@ -12,168 +9,219 @@ from typing import Any
 
 import pika
 import pika.exceptions
+import psycopg2.errors
 from pika.adapters.blocking_connection import BlockingChannel
 
 import broker
 import database
+import pool
+import process
+import task
 
 log = logging.getLogger("dispatcher")
 
-QUEUE_LIMIT = broker.setting("QUEUE_LIMIT", 2000, broker.number(1, 10**7))
-RETENTION_DAYS = broker.setting("RETENTION_DAYS", 0, broker.number(0, 36500))
+QUEUE_LIMIT = process.setting("QUEUE_LIMIT", 2000, process.whole(1, 10**7))
+THREADS = 2  # one publishes while the other claims
 BATCH = 500
 BATCH_BYTES = 4 * 1024 * 1024
-EXPIRATION_MS = int(broker.SENT_TIMEOUT_SECONDS * 1000 / 2)
-IDLE_SECONDS = 1
-ASSIST_SECONDS = 0.5  # between two turns of the second lane
+EXPIRATION_MS = int(process.SENT_TIMEOUT_SECONDS * 1000 / 2)
+WALK_SECONDS = 1.0  # between two walks of the index while there is no backlog
+SLOW_WALK_SECONDS = 0.2
+MAX_WALK_PAUSE_SECONDS = 10
+MIN_SPAN = 1 / 256
 FULL_SECONDS = 0.02
-LOOK_SECONDS = 0.25  # how old the queue's length may be while only a few tasks are sent
-HOUSEKEEPING_SECONDS = 0.5
-GRACE_SECONDS = min(broker.SENT_TIMEOUT_SECONDS, 60)  # a consumer's back-off and its time-outs
+ROOM_SECONDS = 0.25  # how old the measured length of the queue may be
+
+
+class Arrivals:
+    """Tasks that have just become pending, and when to look for others in the index.
+
+    While there is no backlog a task is claimed by its id. A walk of the index reads the entries of
+    every task that an old snapshot keeps from being vacuumed: it comes once a second, for what this
+    process has not heard of, and at once while there is a backlog.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.ids: list[str] = []
+        self.backlog = True  # perhaps: the first walk tells
+        self.walk_at = 0.0  # of time.monotonic()
+        self.span = 1.0  # the part of the ring of picks that a walk covers
+
+    def add(self, ids: list[str]) -> None:
+        """Note tasks whose COMMIT is done. More than a batch is a backlog."""
+        with self.changed:
+            self.ids += ids
+            if len(self.ids) > BATCH:
+                self.ids.clear()
+                self.backlog = True
+            self.changed.notify()
+
+    def take(self) -> list[str] | None:
+        """Wait for work, at most WALK_SECONDS; return ids to claim, or None if a walk is due."""
+        with self.changed:
+            deadline = time.monotonic() + WALK_SECONDS
+            while not self.ids and not self.backlog and time.monotonic() < self.walk_at:
+                if time.monotonic() >= deadline:
+                    return []
+                self.changed.wait(min(self.walk_at, deadline) - time.monotonic())
+            if self.backlog:
+                self.ids.clear()  # the walk meets them too, and they have no right to go first
+            elif self.ids:
+                ids, self.ids = self.ids, []
+                return ids
+            self.walk_at = math.inf  # until this walk has ended
+            return None
+
+    def walked(self, full: bool, seconds: float) -> None:
+        """Note how a walk went: whether it left a backlog, and how long it took. A slow one was
+        among dead entries: the next ones cover less of the ring, and come less often."""
+        with self.changed:
+            self.backlog = full
+            pause = max(WALK_SECONDS, min(9 * seconds, MAX_WALK_PAUSE_SECONDS))
+            if not full and seconds > SLOW_WALK_SECONDS:
+                self.span = max(self.span / 2, MIN_SPAN)
+            elif not full and self.span < 1 and seconds < SLOW_WALK_SECONDS / 4:
+                self.span, pause = min(self.span * 2, 1.0), 0.0
+            self.walk_at = time.monotonic() + pause
+            self.changed.notify_all()
 
 
 class Dispatcher:
-    """Claims random pending tasks and feeds them to the broker: one lane always, and a second one,
-    with connections of its own, while there is a backlog: it claims while the first publishes.
+    """Feeds pending tasks to the broker from THREADS threads, each over connections of its own.
 
     The broker commits first and the database last: whatever fails between the two, the rows are
     pending again and the message, if it is out, is a copy of the same attempt.
     """
 
-    def __init__(self, stop: threading.Event, wake: threading.Event) -> None:
+    def __init__(self, stop: threading.Event, arrivals: Arrivals) -> None:
         self.stop = stop
-        self.wake = wake  # something may be pending: no need to wait
-        self.backlog = threading.Event()  # more is pending than the first lane has just taken
-        self.broker_state = "not connected yet"
+        self.arrivals = arrivals
+        self.states = ["not connected yet"] * THREADS
+        self.room = [0] * THREADS  # messages that each thread may send before it measures again
+        self.flows = False  # tasks wait in the table, and somebody takes them from the queue
         self.turned_at = 0.0  # of time.monotonic(), the last turn without an error
-        self.allowed = [0, 0]  # messages that each lane may still send without another look
 
-    def run(self) -> None:
-        """Dispatch until stop is set, through every outage of broker and database."""
-        name = broker.host_name("producer")
-        broker.keep_connected(name, self.stop, self.dispatch, database.UNAVAILABLE, self.tell)
+    @property
+    def broker_state(self) -> str:
+        """What /readyz says of the broker: "ok" if any thread is connected."""
+        return "ok" if "ok" in self.states else self.states[0]
 
-    def tell(self, state: str) -> None:
-        """Keep what /readyz says of the broker."""
-        self.broker_state = state
+    def run(self, number: int) -> None:
+        """Dispatch until stop is set, through every outage: the body of thread `number`."""
 
-    def assist(self) -> None:
-        """Be the second lane whenever there is a backlog: the body of a thread.
+        def on_state(state: str) -> None:
+            self.states[number] = state
+            self.room[number] = 0
 
-        What ends it is no news: the first lane meets the same outage, and logs it.
-        """
-        while not self.stop.wait(ASSIST_SECONDS):
-            connection = None
-            try:
-                if self.backlog.wait(IDLE_SECONDS):
-                    connection = broker.connect(broker.host_name("producer-2"))
-                    self.dispatch(connection, connection.channel(), lane=1)
-            except Exception as error:  # the top of a loop
-                log.debug("second lane ended: %r", error)
-            finally:
-                self.allowed[1] = 0
-                broker.close(connection)
+        def work(connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
+            with contextlib.closing(pool.connect()) as session:
+                Publisher(self, number, connection, channel, session).run()
 
-    def dispatch(
-        self, connection: pika.BlockingConnection, channel: BlockingChannel, lane: int = 0
-    ) -> None:
-        """Dispatch batch after batch over one broker and one database connection, the second lane
-        only until the backlog or the room in the queue is used up."""
-        returned: list[Any] = []
-        channel.tx_select()
-        channel.add_on_return_callback(lambda *parts: returned.append(parts))
-        # While the broker has an alarm it reads no more, but keeps what it got and may publish it
-        # later: let that be a message to nobody, and claim only when it has answered.
-        channel.basic_publish("", "tasks.probe", b"")
-        channel.tx_commit()
-        with contextlib.closing(database.connect()) as session:
-            looked_at, size = 0.0, 0.0  # size: mean bytes of a text in the last batch
-            while not self.stop.is_set():
-                if lane == 0:
-                    self.wake.clear()  # before the claim: a task that comes meanwhile sets it again
-                    self.turned_at = time.monotonic()
-                if self.allowed[lane] < BATCH / 2 or time.monotonic() - looked_at > LOOK_SECONDS:
-                    looked_at = time.monotonic()
-                    self.look(channel, lane)
-                allowed = self.allowed[lane]
-                limit = min(allowed, max(1, math.ceil(BATCH_BYTES / size))) if size else allowed
-                sent = []
-                if limit:
-                    sent = self.send_batch(connection, channel, returned, session, limit)
-                total = sum(len(text.encode()) for _, text, _, _ in sent)
-                more = bool(sent) and (len(sent) == limit or total >= BATCH_BYTES)
-                size = total / len(sent) if sent else size
-                if lane == 0:
-                    (self.backlog.set if more else self.backlog.clear)()
-                elif not more:
-                    return
-                self.allowed[lane] -= len(sent)
-                if not allowed:
-                    self.stop.wait(FULL_SECONDS)
-                elif not sent:
-                    self.wake.wait(IDLE_SECONDS)
+        role = f"producer-{number + 1}"
+        broker.keep_connected(role, self.stop, work, pool.UNAVAILABLE, on_state)
 
-    def look(self, channel: BlockingChannel, lane: int) -> None:
-        """Allow a lane one batch if the queue has room, what the other lane may send included."""
-        self.allowed[lane] = BATCH  # said before the other's is read: never do both miss it
-        waiting = self.allowed[1 - lane] + broker.count_waiting(channel)
-        if waiting >= QUEUE_LIMIT:
-            self.allowed[lane] = 0
+    def measure_room(self, channel: BlockingChannel, number: int) -> None:
+        """Allow a thread a batch if the queue has room, what the others may send included. While
+        nobody takes tasks, one batch waits in the broker and the rest in the table: else each would
+        expire, become a dead letter and be sent again."""
+        self.room[number] = BATCH  # said before the others' is read: never do both miss it
+        others = sum(self.room) - BATCH
+        waiting, consumers = broker.count_waiting(channel)
+        self.flows = consumers > 0 and self.arrivals.backlog
+        if not consumers:
+            self.room[number] = max(0, BATCH - waiting - others)
+        elif waiting + others >= QUEUE_LIMIT:
+            self.room[number] = 0
 
-    def send_batch(
+
+class Publisher:
+    """One thread's dispatch over one broker and one database connection."""
+
+    def __init__(
         self,
+        dispatcher: Dispatcher,
+        number: int,
         connection: pika.BlockingConnection,
         channel: BlockingChannel,
-        returned: list[Any],
         session: Any,
-        limit: int,
-    ) -> list[tuple]:
-        """Claim, publish and commit one batch; return its rows. Any error leaves it pending."""
-        began = time.monotonic()
-        with session, session.cursor() as cursor:  # COMMIT at the end, ROLLBACK on any exception
-            tasks = database.claim_tasks(cursor, limit, BATCH_BYTES)
-            if tasks:
-                messages = [message(*task) for task in tasks]
-                broker.publish(connection, channel, messages, EXPIRATION_MS)
-                channel.tx_commit()
-                connection.process_data_events()  # only here does pika report what came back
-                if returned:
-                    raise pika.exceptions.AMQPError(f"{len(returned)} messages had no queue")
-        if tasks:
-            log.info("dispatched %d tasks in %.3f s", len(tasks), time.monotonic() - began)
-        return tasks
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.number = number
+        self.connection = connection
+        self.channel = channel
+        self.session = session
+        self.returned: list[Any] = []
+        self.text_bytes = 0.0  # mean of the last batch
+        self.measured_at = 0.0
 
+    def run(self) -> None:
+        """Dispatch batch after batch until stop is set; any error ends it."""
+        stop, room, arrivals = self.dispatcher.stop, self.dispatcher.room, self.dispatcher.arrivals
+        self.channel.tx_select()
+        self.channel.add_on_return_callback(lambda *parts: self.returned.append(parts))
+        # While the broker has an alarm it reads no more, but keeps what it got and may publish it
+        # later: let that be a message to nobody, and claim only when it has answered.
+        self.channel.basic_publish("", "tasks.probe", b"")
+        self.channel.tx_commit()
+        while not stop.is_set():
+            self.dispatcher.turned_at = time.monotonic()
+            age = time.monotonic() - self.measured_at
+            if room[self.number] < BATCH / 2 or age > ROOM_SECONDS:
+                self.dispatcher.measure_room(self.channel, self.number)
+                self.measured_at = time.monotonic()
+            if room[self.number] <= 0:
+                stop.wait(FULL_SECONDS if self.dispatcher.flows else ROOM_SECONDS)
+                continue
+            ids = arrivals.take()
+            if ids is None:
+                self.walk()
+            elif ids:
+                self.send(ids)
 
-def message(task_id: str, text: str, attempt: int, suspect: bool) -> tuple[str, bytes, bool]:
-    """Return a task as a message's id and body, and whether its next start must be asked for."""
-    body = {"id": task_id, "text": text, "attempt": attempt}
-    return task_id, json.dumps(body, ensure_ascii=False).encode(), suspect
-
-
-def keep_house(pool: database.Pool, stop: threading.Event, wake: threading.Event) -> None:
-    """Release due tasks, rescue lost ones and delete old ones, in small steps until stop is set.
-
-    Nothing is rescued in the first GRACE_SECONDS after a start or an outage of the database: who
-    holds a task could not touch it meanwhile, and does so now.
-    """
-    rescue_at = time.monotonic() + GRACE_SECONDS
-    page = 0
-    while not stop.wait(HOUSEKEEPING_SECONDS):
+    def walk(self) -> None:
+        """Send a batch of random pending tasks from the index."""
+        arrivals, limit = self.dispatcher.arrivals, self.dispatcher.room[self.number]
+        if self.text_bytes:  # what a batch of such texts cannot take need not be locked
+            limit = min(limit, max(1, math.ceil(BATCH_BYTES / self.text_bytes)))
+        began, full = time.monotonic(), True  # true unless it ends well: others look again
         try:
-            moved = pool.transaction(database.release_due)
-            if time.monotonic() >= rescue_at:
-                rescued = pool.transaction(database.rescue_lost)
-                if rescued:
-                    log.warning("rescued %d tasks that were sent and lost", rescued)
-                moved += rescued
-                rescue_at = time.monotonic() + broker.SENT_TIMEOUT_SECONDS / 20
-            if moved:
-                wake.set()
-            if RETENTION_DAYS:
-                work = functools.partial(database.sweep, page=page, days=RETENTION_DAYS)
-                page = pool.transaction(work)
-        except database.Unavailable as error:
-            log.debug("housekeeping waits for the database: %s", error)
-            rescue_at = time.monotonic() + GRACE_SECONDS
-        except Exception:  # the top of a loop: nothing else would release or rescue
-            log.exception("housekeeping failed, next try in %s s", HOUSEKEEPING_SECONDS)
+            full = self.send(None, limit)
+        except psycopg2.errors.QueryCanceled:  # too many dead entries for one statement
+            full = False
+        finally:
+            arrivals.walked(full, time.monotonic() - began)
+
+    def send(self, ids: list[str] | None, limit: int = BATCH) -> bool:
+        """Claim tasks, by id or from the index, publish and commit them; return whether more may
+        wait. Any error leaves them pending."""
+        began = time.monotonic()
+        with self.session, self.session.cursor() as cursor:  # COMMIT, or ROLLBACK on any exception
+            if ids is None:
+                span = self.dispatcher.arrivals.span
+                claimed = database.claim_random_tasks(cursor, limit, BATCH_BYTES, span)
+            else:
+                claimed = database.claim_tasks_by_id(cursor, ids, BATCH_BYTES)
+            size = self.publish(claimed) if claimed else 0
+        if not claimed:
+            return False
+        self.text_bytes = size / len(claimed)
+        self.dispatcher.room[self.number] -= len(claimed)
+        log.info("dispatched %d tasks in %.3f s", len(claimed), time.monotonic() - began)
+        full = size >= BATCH_BYTES or (ids is None and len(claimed) > limit / 2)
+        if full and ids is not None:
+            self.dispatcher.arrivals.backlog = True
+        return full
+
+    def publish(self, claimed: list[database.Claimed]) -> int:
+        """Publish tasks and commit at the broker; return their bytes."""
+        messages = [
+            (each.id, task.Message(each.id, each.text, each.attempt).as_body(), each.seen)
+            for each in claimed
+        ]
+        broker.publish(self.connection, self.channel, messages, EXPIRATION_MS)
+        self.channel.tx_commit()
+        self.connection.process_data_events()  # only here does pika report what came back
+        if self.returned:
+            raise pika.exceptions.AMQPError(f"{len(self.returned)} messages had no queue")
+        return sum(len(each.text.encode()) for each in claimed)

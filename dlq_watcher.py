@@ -3,116 +3,38 @@ the producer as errors in one PUT, then acks. A thread of every consumer, and a 
 
 Run it with `python dlq_watcher.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
 
-import json
 import logging
 import threading
 import time
 from typing import Any
 
 import pika
-import requests
 from pika.adapters.blocking_connection import BlockingChannel
 
 import broker
+import process
+import reporter
+import task
 
 log = logging.getLogger("dlq_watcher")
 
-
-def http_url(value: str) -> str:
-    """Check an address of HTTP."""
-    if not value.startswith(("http://", "https://")):
-        raise ValueError("expected http://host:port")
-    return value.rstrip("/")
-
-
-PRODUCER_URL = broker.setting("PRODUCER_URL", "http://127.0.0.1:8080", http_url)
-API_TOKEN = broker.setting("API_TOKEN", "")
-
-# The producer's own words for a report that it will never take. Anything else, a 404 of some other
-# server too, passes by itself or when an operator has mended something: nothing is lost by waiting.
-FINAL_STATUSES = {400, 409, 413}
-CONNECT_SECONDS = 3
-REPLY_SECONDS = 30  # longer than the producer may take, or the same report goes out twice
 PREFETCH = 500
 LAST_LETTERS_SECONDS = 2
-LOGGED_BYTES = 80
 
 
-class Unavailable(Exception):
-    """The producer cannot take reports now; the same PUT may be repeated."""
-
-
-class Reports:
-    """The way of reports to the producer: one kept HTTP connection. One thread only."""
-
-    def __init__(self) -> None:
-        self.session = requests.Session()
-        self.session.trust_env = False  # proxies of the environment are not for the producer
-        headers = {"Content-Type": "application/json"}
-        if API_TOKEN:
-            headers["Authorization"] = f"Bearer {API_TOKEN}"
-        # Prepared once: preparing costs as much as sending.
-        put = requests.Request("PUT", f"{PRODUCER_URL}/api/v1/update-task-status", headers)
-        self.request = self.session.prepare_request(put)
-
-    def put(self, reports: list[dict]) -> dict[int, str]:
-        """PUT reports as one array; return why some were refused, by index. Raise Unavailable.
-
-        A refused array is split until the refused element stands alone, so that one bad report
-        holds up no other; its refusal, if it is the producer's, is final.
-        """
-        self.request.prepare_body(json.dumps(reports).encode(), None)
-        try:
-            answer = self.session.send(self.request, timeout=(CONNECT_SECONDS, REPLY_SECONDS))
-            if answer.status_code == 200:
-                return {each["index"]: each["reason"] for each in answer.json()["rejected"]}
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-            raise Unavailable(f"{PRODUCER_URL}: {error}") from error
-        status, reason = answer.status_code, answer.text[:200]
-        if status not in FINAL_STATUSES or not reason.startswith('{"error":'):
-            raise Unavailable(f"{PRODUCER_URL} answered {status}: {reason}")
-        if len(reports) == 1:
-            return {0: f"{status}: {reason}"}
-        half = len(reports) // 2
-        first, second = self.put(reports[:half]), self.put(reports[half:])
-        return first | {half + index: why for index, why in second.items()}
-
-
-class Backoff:
-    """The pauses between the tries of one report; says once that the producer is away."""
-
-    def __init__(self) -> None:
-        self.tries = 0
-
-    def failed(self, error: Unavailable) -> float:
-        """Return the seconds to wait before the next try."""
-        delay = broker.back_off(self.tries)
-        level = logging.DEBUG if self.tries else logging.WARNING
-        log.log(level, "report held back, next try in %.1f s: %s", delay, error)
-        self.tries += 1
-        return delay
-
-    def succeeded(self) -> None:
-        """Say that the producer is back, if it was away."""
-        if self.tries:
-            log.info("producer takes reports again")
-        self.tries = 0
-
-
-def parse_dead_letter(properties: pika.BasicProperties, body: bytes) -> dict[str, Any] | None:
-    """Return the report that a dead letter stands for; None if it names no task of ours."""
+def report_of(properties: pika.BasicProperties, body: bytes) -> task.Report | None:
+    """Return the report that a dead letter stands for; None if it holds no task of ours."""
     try:
-        message = json.loads(body)
-        task_id, attempt = message["id"], message["attempt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    if not isinstance(task_id, str) or type(attempt) is not int:
+        message = task.parse_message(body)
+    except ValueError as error:
+        shown = process.printable(body[:80])
+        log.warning("dropped a dead letter without a task (%s): %s", error, shown)
         return None
     try:
         reason = str(properties.headers["x-death"][0]["reason"])
     except (KeyError, TypeError, IndexError):  # put there by somebody else than the broker
         reason = "rejected"
-    return {"taskId": task_id, "attempt": attempt, "taskStatus": "error", "reason": reason}
+    return task.Report(message.id, "error", message.attempt, reason=reason)
 
 
 class Watcher:
@@ -120,27 +42,25 @@ class Watcher:
 
     def __init__(self, stop: threading.Event) -> None:
         self.stop = stop
-        self.reports = Reports()
-        self.letters: list[tuple[int, dict | None]] = []
-        self.cancelled = False
+        self.client = reporter.Client()
+        self.letters: list[tuple[int, task.Report | None]] = []
 
     def run(self) -> None:
         """Watch until stop is set, through every outage of broker and producer."""
-        broker.keep_connected(broker.host_name("dlq_watcher"), self.stop, self.watch)
+        broker.keep_connected("dlq_watcher", self.stop, self.watch)
 
     def watch(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
         """Report and ack what arrives over one connection; raise when the broker takes it away."""
-        self.letters, self.cancelled = [], False
-        channel.add_on_cancel_callback(self.on_cancel)
+        self.letters = []
+        broker.raise_when_cancelled(channel)
         channel.basic_qos(prefetch_count=PREFETCH)
         channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter)
-        backoff = Backoff()
+        backoff = process.Backoff(log, "dead letters wait for the producer")
         stop_at = None  # of time.monotonic(), the latest; sooner when no letter comes any more
         while stop_at is None or time.monotonic() < stop_at:
             if stop_at is None and self.stop.is_set():
                 stop_at = time.monotonic() + LAST_LETTERS_SECONDS
-            connection.process_data_events(0 if self.letters else broker.TURN_SECONDS)
-            broker.check(channel, self.cancelled)
+            broker.pump(connection, channel, 0 if self.letters else process.TURN_SECONDS)
             if not self.letters:
                 if stop_at is not None:
                     return
@@ -150,44 +70,40 @@ class Watcher:
                 backoff.succeeded()
                 channel.basic_ack(self.letters[count - 1][0], multiple=True)
                 del self.letters[:count]
-            except Unavailable as error:
+            except reporter.Unavailable as error:
+                delay = backoff.failed(error)
                 if stop_at is not None:
                     return  # the letters go back to their queue
-                self.pause(connection, backoff.failed(error))
+                self.pause(connection, channel, delay)
 
     def report(self) -> int:
         """PUT what has arrived as one group; return how many letters are done with."""
         letters = self.letters[:]
         reports = [report for _, report in letters if report is not None]
         if reports:
-            for index, reason in self.reports.put(reports).items():
-                log.info("dead letter of %s is void: %s", reports[index]["taskId"], reason)
+            for index, reason in self.client.put(reports).items():
+                log.info("dead letter of %s is void: %s", reports[index].id, reason)
             log.info("reported %d dead letters", len(reports))
         return len(letters)
 
-    def pause(self, connection: pika.BlockingConnection, seconds: float) -> None:
+    def pause(
+        self, connection: pika.BlockingConnection, channel: BlockingChannel, seconds: float
+    ) -> None:
         """Wait while the connection keeps its heartbeat."""
         deadline = time.monotonic() + seconds
         while not self.stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            connection.process_data_events(min(left, broker.TURN_SECONDS))
+            broker.pump(connection, channel, min(left, process.TURN_SECONDS))
 
     def on_letter(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """Take a delivery; it is acked when its report is accepted, or there is none to make."""
-        report = parse_dead_letter(properties, body)
-        if report is None:
-            log.warning("dropped a dead letter without a task: %r", body[:LOGGED_BYTES])
-        self.letters.append((method.delivery_tag, report))
-
-    def on_cancel(self, _: Any) -> None:
-        """Note that the broker has ended the subscription: the queue is gone."""
-        self.cancelled = True
+        self.letters.append((method.delivery_tag, report_of(properties, body)))
 
 
 def main() -> None:
     """Watch until SIGTERM or SIGINT."""
-    broker.start_logging()
+    process.start_logging()
     stop = threading.Event()
-    broker.stop_on_signals(stop)
+    process.stop_on_signals(stop)
     Watcher(stop).run()
     log.info("stopped")
 

@@ -5,13 +5,16 @@ import itertools
 import threading
 from typing import Any
 
+import psycopg2.errors
+
 import database
+import pool
 
 GROUP_BYTES = 4 * 1024 * 1024
 
 
 class Waiter:
-    """A create under way; its gate is a lock held until somebody opens it."""
+    """A create under way; its gate is a lock that is held until somebody opens it."""
 
     __slots__ = ("gate", "new", "next", "outcome")
 
@@ -29,8 +32,9 @@ class GroupCommit:
     The first caller writes at once; who comes meanwhile waits, and one of them writes for the rest.
     """
 
-    def __init__(self, pool: database.Pool) -> None:
-        self.pool = pool
+    def __init__(self, groups: pool.Pool, singles: pool.Pool) -> None:
+        self.groups = groups
+        self.singles = singles  # for a create whose id another transaction has locked
         self.lock = threading.Lock()
         self.waiting: list[Waiter] = []
         self.writing = False
@@ -47,9 +51,15 @@ class GroupCommit:
                 waiter.next.gate.release()
         if waiter.outcome is None:
             self.write()
-        if isinstance(waiter.outcome, Exception):
-            raise waiter.outcome
-        return waiter.outcome
+        if isinstance(waiter.outcome, dict):
+            return waiter.outcome
+        assert waiter.outcome is not None
+        if isinstance(waiter.outcome.__cause__, psycopg2.errors.LockNotAvailable):
+            # Another transaction holds an id of the group: each waits for itself, in its thread.
+            return self.singles.statement(
+                lambda cursor: database.insert_tasks(cursor, [new])[new.id]
+            )
+        raise waiter.outcome
 
     def write(self) -> None:
         """Write what waits now, then hand the lead to the first of those that came meanwhile."""
@@ -58,7 +68,9 @@ class GroupCommit:
             self.waiting = self.waiting[len(group) :]
         try:
             new = [waiter.new for waiter in group]
-            tasks = self.pool.statement(lambda cursor: database.insert_tasks(cursor, new))
+            tasks = self.groups.statement(
+                lambda cursor: database.insert_tasks(cursor, new, database.INSERT_GROUP)
+            )
             for waiter in group:
                 waiter.outcome = tasks[waiter.new.id]
         except Exception as error:  # every waiter raises it in its own thread

@@ -1,5 +1,5 @@
--- The one table of the task service. The producer applies this file at every start, under an
--- advisory lock, so everything here is idempotent.
+-- The one table of the task service, as a new database gets it. In a database that has an older
+-- one, schema.py adds what is missing.
 
 -- States -----------------------------------------------------------------------------------------
 -- pending  ожидает обработки       create-task, or a retry; the dispatcher will pick it
@@ -14,20 +14,20 @@ EXCEPTION
 END
 $$;
 
-CREATE TABLE IF NOT EXISTS tasks (
+CREATE TABLE tasks (
     id          uuid             NOT NULL DEFAULT gen_random_uuid(),
     text        text             NOT NULL,
     status      task_status      NOT NULL DEFAULT 'pending',
     -- The fencing token: what ends an attempt raises it, and a report of an older one is stale.
     attempt     integer          NOT NULL DEFAULT 1,
-    -- Attempts that failed; held against MAX_ATTEMPTS.
+    -- Attempts that failed; compared with MAX_ATTEMPTS.
     failures    integer          NOT NULL DEFAULT 0,
     -- How often a redelivered message of this attempt was begun; three mean it kills its worker.
     starts      integer          NOT NULL DEFAULT 0,
     -- The last of them: the same start reported twice, after a time-out, counts once.
     start_token text,
     -- Waits for run_at. An index predicate cannot hold now(), so the flag says it.
-    held        boolean          NOT NULL DEFAULT false,
+    delayed     boolean          NOT NULL DEFAULT false,
     -- Where the random pick finds the row. Not the id: clients may send time-ordered UUIDs.
     pick        double precision NOT NULL DEFAULT random(),
     result      text,
@@ -35,12 +35,12 @@ CREATE TABLE IF NOT EXISTS tasks (
     run_at      timestamptz,
     created_at  timestamptz      NOT NULL DEFAULT now(),
     sent_at     timestamptz,
-    -- When a consumer last said that it holds this attempt: sent again, it is a suspect.
+    -- When a consumer last said that it has this attempt in flight: sent again, it is a suspect.
     touched_at  timestamptz,
     finished_at timestamptz,
     CONSTRAINT tasks_pkey PRIMARY KEY (id),
     CONSTRAINT tasks_attempt_is_positive CHECK (attempt >= 1),
-    CONSTRAINT tasks_only_pending_is_held CHECK (NOT held OR status = 'pending')
+    CONSTRAINT tasks_only_pending_is_delayed CHECK (NOT delayed OR status = 'pending')
 ) WITH (
     -- Each task leaves two dead rows and their entries in the hot indexes: vacuum early, unthrottled.
     autovacuum_vacuum_scale_factor = 0.02,
@@ -48,26 +48,16 @@ CREATE TABLE IF NOT EXISTS tasks (
     autovacuum_vacuum_cost_delay = 0
 );
 
--- For a table made before this column came, and no other: ALTER waits for every reader, and all
--- others wait for it.
-DO $$
-BEGIN
-    IF NOT EXISTS (
-        SELECT FROM pg_attribute
-        WHERE attrelid = 'tasks'::regclass AND attname = 'touched_at'
-    ) THEN
-        ALTER TABLE tasks ADD COLUMN touched_at timestamptz;
-    END IF;
-END
-$$;
-
 -- Indexes ----------------------------------------------------------------------------------------
--- CLAIM_TASKS walks this upward from a random pivot.
-CREATE INDEX IF NOT EXISTS tasks_pending ON tasks (pick) WHERE status = 'pending' AND NOT held;
+-- Each is one statement from CREATE INDEX to the semicolon: schema.py reads them, to build a missing
+-- one beside the traffic.
 
--- RELEASE_DUE_TASKS finds the held rows whose time has come.
-CREATE INDEX IF NOT EXISTS tasks_held ON tasks (run_at) WHERE held;
+-- CLAIM_RANDOM_TASKS walks this upward from random places.
+CREATE INDEX tasks_pending ON tasks (pick) WHERE status = 'pending' AND NOT delayed;
+
+-- RELEASE_DUE_TASKS finds the delayed rows whose time has come.
+CREATE INDEX tasks_delayed ON tasks (run_at) WHERE delayed;
 
 -- RESCUE_LOST_TASKS reads every sent row, a few thousand; the times stay unindexed, so that a touch
 -- by a consumer moves no index entry.
-CREATE INDEX IF NOT EXISTS tasks_sent ON tasks (id) WHERE status = 'sent';
+CREATE INDEX tasks_sent ON tasks (id) WHERE status = 'sent';

@@ -5,6 +5,7 @@ import os
 import pathlib
 import struct
 import time
+from collections.abc import Iterator
 
 
 def note(text: str) -> str | None:
@@ -37,6 +38,20 @@ def fail_twice(text: str) -> str:
     if runs < 3:
         raise ValueError(f"run {runs}")
     return f"run {runs}"
+
+
+async def asynchronous(text: str) -> None:
+    """Look like a handler: a call would only make a coroutine."""
+
+
+def generator(text: str) -> Iterator[str]:
+    """Look like a handler: a call would only make a generator."""
+    yield text
+
+
+def lazy(text: str) -> object:
+    """Return what would still have to be run."""
+    return asynchronous(text)
 
 
 def count(text: str) -> None:

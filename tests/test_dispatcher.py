@@ -3,6 +3,7 @@
 import contextlib
 import statistics
 import threading
+import time
 
 import pika
 import pika.exceptions
@@ -11,7 +12,7 @@ import pytest
 
 import database
 import dispatcher
-from tests.conftest import Stack, until
+from tests.stack import Stack, until
 
 
 def fill(stack: Stack, count: int, size: int) -> None:
@@ -47,7 +48,7 @@ def test_every_batch_is_a_sample_of_all_that_waits(
     with contextlib.closing(psycopg2.connect(stack.database_url)) as session:
         cursor = session.cursor()
         while len(picks) < count // 2:
-            claimed = database.claim_tasks(cursor, limit, dispatcher.BATCH_BYTES)
+            claimed = database.claim_random_tasks(cursor, limit, dispatcher.BATCH_BYTES)
             assert len(claimed) <= limit
             assert sum(len(text) for _, text, *_ in claimed) < dispatcher.BATCH_BYTES + size
             ids = [task_id for task_id, *_ in claimed]
@@ -94,3 +95,71 @@ def drain(url: str, enough: threading.Event) -> None:
         if method is not None:
             channel.basic_ack(method.delivery_tag)
     connection.close()
+
+
+def test_without_consumers_a_batch_waits_in_the_broker_and_the_rest_in_the_table(
+    stack: Stack,
+) -> None:
+    stack.producer(SENT_TIMEOUT_SECONDS=3)
+    stack.create(*["x"] * 5000)
+    until(lambda: stack.waiting("tasks.dlq") >= 400, what="messages expire")
+    time.sleep(5)  # more than the time-out: rescued, but not sent in numbers again
+    assert stack.waiting("tasks.dlq") + stack.waiting() < 1000
+    stack.consumer(SENT_TIMEOUT_SECONDS=3)
+    stack.wait_ended()
+    assert stack.counts() == {"success": 5000}
+
+
+def test_dead_entries_under_an_old_snapshot_do_not_slow_a_single_task(stack: Stack) -> None:
+    stack.producer()
+    stack.consumer(HANDLER="handlers:count", COUNTS=stack.folder)
+    before = median_seconds(stack)
+    with contextlib.closing(psycopg2.connect(stack.database_url)) as old:
+        old.set_session("REPEATABLE READ")
+        old.cursor().execute("SELECT count(*) FROM tasks")
+        for _ in range(6):  # each row leaves a dead entry in the index
+            stack.sql("INSERT INTO tasks (text) SELECT 'dead' FROM generate_series(1, 20000)")
+        until(lambda: "pending" not in stack.counts())
+        stack.wait_ended()
+        # Far less if nothing else runs here; a walk for each would take 100 ms and more.
+        assert median_seconds(stack) < 2 * before + 0.05
+
+
+def median_seconds(stack: Stack) -> float:
+    """Return how long a single task takes from create to success, by the database's clock."""
+    ids = []
+    for index in range(30):
+        ids += stack.create(str(index))
+        time.sleep(0.05)
+    stack.wait_status(ids, "success")
+    [(seconds,)] = stack.sql(
+        "SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM finished_at -"
+        " created_at)::float8) FROM tasks WHERE id = ANY(%s::uuid[])",
+        ids,
+    )
+    return seconds
+
+
+def test_arrivals_are_claimed_by_id_until_they_are_a_backlog() -> None:
+    arrivals = dispatcher.Arrivals()
+    assert arrivals.take() is None  # what is there at the start is unknown
+    arrivals.add(["a"])
+    arrivals.walked(full=False, seconds=0.01)
+    assert arrivals.take() == ["a"]
+    arrivals.add(["b"] * (dispatcher.BATCH + 1))
+    assert arrivals.take() is None
+    arrivals.walked(full=True, seconds=0.01)
+    arrivals.add(["c"])
+    assert arrivals.take() is None  # with a backlog, nothing goes before its turn
+    arrivals.walked(full=False, seconds=0.01)
+
+
+def test_slow_walks_cover_less_and_fast_ones_more_again() -> None:
+    arrivals = dispatcher.Arrivals()
+    for _ in range(3):
+        arrivals.walked(full=False, seconds=1.0)
+    assert arrivals.span == 1 / 8
+    for _ in range(3):
+        arrivals.walked(full=False, seconds=0.01)
+        assert arrivals.walk_at <= time.monotonic()
+    assert arrivals.span == 1.0

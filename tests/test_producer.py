@@ -1,12 +1,18 @@
 """The HTTP API over real PostgreSQL: what each call answers, and what it says to bad input."""
 
+import concurrent.futures
+import contextlib
 import json
+import pathlib
+import re
+import time
 import uuid
 
+import psycopg2
 import pytest
 import requests
 
-from tests.stack import Stack
+from tests.stack import Stack, until
 
 CREATE = "/api/v1/create-task"
 GET = "/api/v1/get-task-data"
@@ -190,15 +196,91 @@ def test_two_producers_start_together_on_an_empty_database(stack: Stack) -> None
     second = stack.start("producer", HTTP_PORT=0)
     stack.wait_ready(first)
     assert second.poll() is None
-    ids = stack.create(*map(str, range(2000)))
-    stack.wait_status(ids, "sent")
+    stack.consumer()
+    stack.wait_status(stack.create(*map(str, range(2000))), "success")
 
 
-def test_a_table_of_an_earlier_version_gets_what_it_lacks(stack: Stack) -> None:
-    stack.producer().stop()
-    stack.sql("ALTER TABLE tasks DROP COLUMN touched_at")
-    stack.producer()
-    stack.wait_status(stack.create("a"), "sent")
+def test_a_conflict_in_an_array_leaves_nothing_locked(api: Stack) -> None:
+    """Not even if the error's traceback keeps the connection alive."""
+    taken, free = api.create("one")[0], str(uuid.uuid4())
+    for _ in range(20):  # more than the pool has connections
+        body = [{"text": "a", "taskId": free}, {"text": "two", "taskId": taken}]
+        assert api.session.post(api.url + CREATE, json=body).status_code == 409
+    began = time.monotonic()
+    created = api.session.post(api.url + CREATE, json={"text": "a", "taskId": free})
+    assert created.status_code == 201 and time.monotonic() - began < 1
+    locks = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
+    until(lambda: api.sql(locks) == [(0,)])
+
+
+def test_a_create_whose_id_is_locked_holds_up_no_other(api: Stack) -> None:
+    locked = str(uuid.uuid4())
+    with contextlib.closing(psycopg2.connect(api.database_url)) as session:
+        session.cursor().execute("INSERT INTO tasks (id, text) VALUES (%s, 'a')", (locked,))
+        with concurrent.futures.ThreadPoolExecutor(16) as clients:
+            blocked = clients.submit(post, api, {"text": "a", "taskId": locked})
+            others = [clients.submit(post, api, {"text": "b"}) for _ in range(60)]
+            assert {each.result()[0] for each in others} == {201}
+            assert sorted(each.result()[1] for each in others)[-1] < 1.5
+        assert blocked.result()[0] == 503
+        session.rollback()
+    assert post(api, {"text": "a", "taskId": locked})[0] == 201
+
+
+def post(stack: Stack, body: object) -> tuple[int, float]:
+    """Create over a connection of its own; return the status and the seconds."""
+    began = time.monotonic()
+    answer = requests.post(stack.url + CREATE, json=body, timeout=60)
+    return answer.status_code, time.monotonic() - began
+
+
+def test_reports_that_wait_for_locked_rows_keep_no_create_out(api: Stack) -> None:
+    ids = api.create(*map(str, range(40)))
+    api.wait_status(ids, "sent")
+    with contextlib.closing(psycopg2.connect(api.database_url)) as session:
+        session.cursor().execute("SELECT FROM tasks FOR UPDATE")
+        with concurrent.futures.ThreadPoolExecutor(40) as clients:
+            url = api.url + PUT
+            for task_id in ids:
+                fields = {"taskId": task_id, "taskStatus": "success"}
+                clients.submit(requests.put, url, params=fields, timeout=60)
+            time.sleep(0.5)  # by now they hold every connection of the pool
+            assert post(api, {"text": "a"}) < (201, 1.0)
+
+
+def test_sixty_megabytes_at_once_fit_into_memory(stack: Stack) -> None:
+    producer = stack.producer(RABBITMQ_URL="amqp://tasks:tasks@127.0.0.1:1/%2F", ready=False)
+    until(lambda: post_until_up(stack))
+    with concurrent.futures.ThreadPoolExecutor(60) as clients:
+        text = "x" * 1_000_000
+        answers = clients.map(lambda _: post(stack, {"text": text})[0], range(60))
+        assert set(answers) == {201}
+    status = pathlib.Path(f"/proc/{producer.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 300 * 1024
+
+
+def post_until_up(stack: Stack) -> bool:
+    """Create a task; tell whether that worked."""
+    with contextlib.suppress(requests.ConnectionError):
+        return post(stack, {"text": "up"})[0] == 201
+    return False
+
+
+def test_several_hosts_without_a_synchronous_standby_are_a_warning(stack: Stack) -> None:
+    url = stack.database_url.replace("@", "@127.0.0.1:1,")
+    producer = stack.producer(DATABASE_URL=url)
+    until(lambda: "synchronous_standby_names is empty" in producer.log.read_text())
+    single = stack.start("producer", HTTP_PORT=0)
+    until(lambda: "connected" in single.log.read_text())
+    assert "synchronous_standby_names" not in single.log.read_text()
+
+
+def test_chunked_bodies_are_taken(api: Stack) -> None:
+    created = api.session.post(api.url + CREATE, data=iter([b'{"te', b'xt": "a"}']))
+    assert (created.status_code, created.json()["text"]) == (201, "a")
+    fields = json.dumps({"taskId": created.json()["taskId"], "taskStatus": "success"}).encode()
+    updated = api.session.put(api.url + PUT, data=iter([fields[:9], fields[9:]]))
+    assert (updated.status_code, updated.json()["taskStatus"]) == (200, "success")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +295,10 @@ def test_a_table_of_an_earlier_version_gets_what_it_lacks(stack: Stack) -> None:
         ("consumer", "FAILURE_RATE", "2"),
         ("consumer", "CONCURRENCY", "many"),
         ("consumer", "PREFETCH", "some"),
+        ("producer", "HTTP_CONNECTIONS", "0"),
         ("consumer", "HANDLER", "nowhere:function"),
+        ("consumer", "HANDLER", "handlers:asynchronous"),
+        ("consumer", "HANDLER", "handlers:generator"),
         ("consumer", "PRODUCER_URL", "ftp://x"),
         ("dlq_watcher", "SENT_TIMEOUT_SECONDS", "soon"),
     ],
@@ -224,6 +309,22 @@ def test_a_setting_that_does_not_parse_ends_with_2_and_its_name(
     service = stack.start(script, **{name: value})
     assert service.child.wait(20) == 2
     assert name in service.log.read_text() and "expected" in service.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "postgres//tasks:hunter2@127.0.0.1/tasks"),
+        ("DATABASE_URL", "postgresql://tasks:hun@hunter2@127.0.0.1/tasks"),
+        ("RABBITMQ_URL", "amqp://tasks:hunter2@127.0.0.1:port/%2F"),
+        ("RABBITMQ_URL", "ampq://tasks:hunter2@127.0.0.1"),
+    ],
+)
+def test_a_mistyped_url_does_not_print_its_password(stack: Stack, name: str, value: str) -> None:
+    service = stack.start("producer", **{name: value})
+    assert service.child.wait(20) == 2
+    log = service.log.read_text()
+    assert name in log and "expected" in log and "hunter2" not in log
 
 
 def test_a_taken_port_ends_with_2(api: Stack) -> None:

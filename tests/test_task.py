@@ -2,13 +2,13 @@
 
 import pytest
 
-import states
-from states import Report, Row
+import task as rules
+from task import Report, Row
 
 
 def row(status: str, **fields: object) -> Row:
     """Return a row as LOCK_TASKS reads it."""
-    values = {"attempt": 1, "failures": 0, "starts": 0, "start_token": None, "held": False}
+    values = {"attempt": 1, "failures": 0, "starts": 0, "start_token": None, "delayed": False}
     return Row("id", status, **(values | {"age": 10.0} | fields))
 
 
@@ -36,7 +36,7 @@ def row(status: str, **fields: object) -> Row:
 def test_every_transition_of_the_table(before: str, asked: str, after: str | None) -> None:
     for attempt in (None, 1):
         task = row(before)
-        refusal = states.judge(task, Report("id", asked, attempt=attempt))
+        refusal = rules.judge(task, Report("id", asked, attempt=attempt))
         assert (task.status if refusal is None else None) == after
         assert refusal is None or refusal.code == 409
         assert task.changed == (after not in (None, before))
@@ -53,34 +53,34 @@ def test_what_ends_an_attempt_raises_it() -> None:
         ("sent", Report("id", "success", attempt=1), 1),
     ):
         task = row(before)
-        assert states.judge(task, report) is None
+        assert rules.judge(task, report) is None
         assert task.attempt == attempt, report
 
 
 def test_a_failed_attempt_is_retried_later_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "MAX_ATTEMPTS", 20)
+    monkeypatch.setattr(rules, "MAX_ATTEMPTS", 20)
     task = row("sent")
     delays = []
     for attempt in range(1, 20):
         task.status = "sent"
-        assert states.judge(task, Report("id", "error", attempt=attempt, error="why")) is None
-        assert (task.status, task.attempt, task.held) == ("pending", attempt + 1, True)
+        assert rules.judge(task, Report("id", "error", attempt=attempt, error="why")) is None
+        assert (task.status, task.attempt, task.delayed) == ("pending", attempt + 1, True)
         delays.append(task.delay)
     for failures, delay in enumerate(delays, 1):
-        least = min(states.RETRY_SECONDS * 2 ** (failures - 1), states.MAX_RETRY_SECONDS)
-        assert least <= delay <= min(1.25 * least, states.MAX_RETRY_SECONDS)
+        least = min(rules.RETRY_SECONDS * 2 ** (failures - 1), rules.MAX_RETRY_SECONDS)
+        assert least <= delay <= min(1.25 * least, rules.MAX_RETRY_SECONDS)
     task.status = "sent"
-    states.judge(task, Report("id", "error", attempt=20))
+    rules.judge(task, Report("id", "error", attempt=20))
     assert (task.status, task.failures, task.error) == ("error", 20, "why")
 
 
 def test_the_third_counted_start_fails_the_attempt() -> None:
     task = row("sent")
-    assert states.judge(task, Report("id", attempt=1, started="a")) is None
-    assert states.judge(task, Report("id", attempt=1, started="a")) is None
-    assert states.judge(task, Report("id", attempt=1, started="b")) is None
+    assert rules.judge(task, Report("id", attempt=1, started="a")) is None
+    assert rules.judge(task, Report("id", attempt=1, started="a")) is None
+    assert rules.judge(task, Report("id", attempt=1, started="b")) is None
     assert task.starts == 2 and task.touched
-    refusal = states.judge(task, Report("id", attempt=1, started="c"))
+    refusal = rules.judge(task, Report("id", attempt=1, started="c"))
     assert refusal.reason == task.error == "killed its worker 3 times"
     assert task.status == "error"
 
@@ -88,14 +88,16 @@ def test_the_third_counted_start_fails_the_attempt() -> None:
 def test_an_expired_message_of_a_row_touched_since_changes_nothing() -> None:
     report = Report("id", "error", attempt=1, reason="expired")
     fresh, old = row("sent", age=5.0), row("sent", age=1e9)
-    assert states.judge(fresh, report) is None and fresh.status == "sent"
-    assert states.judge(old, report) is None and old.status == "pending"
+    assert rules.judge(fresh, report) is None and fresh.status == "sent"
+    assert rules.judge(old, report) is None and old.status == "pending"
     assert (old.attempt, old.failures) == (1, 0)
+    ahead = row("sent", age=-86400.0)  # the clock was set back a day since
+    assert rules.judge(ahead, report) is None and ahead.status == "pending"
 
 
 def test_a_touch_of_an_ended_task_is_refused() -> None:
     for status in ("success", "error"):
-        refusal = states.judge(row(status), Report("id", attempt=1))
+        refusal = rules.judge(row(status), Report("id", attempt=1))
         assert refusal.reason.startswith("finished")
 
 
@@ -114,4 +116,4 @@ def test_a_touch_of_an_ended_task_is_refused() -> None:
 )  # fmt: skip
 def test_a_malformed_report_says_what_was_expected(element: object) -> None:
     with pytest.raises(ValueError, match="expected"):
-        states.parse_report(element)
+        rules.parse_report(element)

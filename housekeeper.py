@@ -1,0 +1,61 @@
+"""The producer's housekeeper: a thread that releases due tasks, rescues lost ones and deletes old
+ones, in small steps."""
+
+import functools
+import logging
+import threading
+import time
+
+import database
+import pool
+import process
+from dispatcher import Arrivals
+
+log = logging.getLogger("housekeeper")
+
+RETENTION_DAYS = process.setting("RETENTION_DAYS", 0, process.whole(0, 36500))
+TURN_SECONDS = 0.5
+RESCUE_SECONDS = process.SENT_TIMEOUT_SECONDS / 20  # between two looks for lost tasks
+# No rescue for so long after a start or an outage of the database: the consumers could not touch
+# what they have in flight meanwhile, and do so within their back-off and time-outs.
+GRACE_SECONDS = min(process.SENT_TIMEOUT_SECONDS, 60)
+
+
+class Housekeeper:
+    """Keeps the table in order until stop is set; `arrivals` hears of what becomes pending."""
+
+    def __init__(self, connections: pool.Pool, stop: threading.Event, arrivals: Arrivals) -> None:
+        self.connections = connections
+        self.stop = stop
+        self.arrivals = arrivals
+        self.rescue_at = time.monotonic() + GRACE_SECONDS
+        self.page = 0  # of the table, where the next sweep begins
+
+    def run(self) -> None:
+        """Work in turns until stop is set: the body of a thread."""
+        backoff = process.Backoff(log, "housekeeping failed")
+        while not self.stop.wait(TURN_SECONDS):
+            try:
+                self.turn()
+                backoff.succeeded()
+            except pool.Unavailable as error:
+                self.stop.wait(backoff.failed(error))
+                self.rescue_at = time.monotonic() + GRACE_SECONDS
+            except Exception as error:  # the top of a loop: nothing else would release or rescue
+                log.exception("housekeeping failed")
+                self.stop.wait(backoff.failed(error))
+
+    def turn(self) -> None:
+        """Do what is due, each in a transaction of its own."""
+        self.arrivals.add(self.connections.transaction(database.release_due))
+        if time.monotonic() >= self.rescue_at:
+            rescued = self.connections.transaction(database.rescue_lost)
+            if rescued:
+                log.warning("rescued %d tasks that were sent and lost", len(rescued))
+            self.arrivals.add(rescued)
+            # A full batch leaves others behind.
+            full = len(rescued) == database.HOUSEKEEPING_ROWS
+            self.rescue_at = time.monotonic() + (0 if full else RESCUE_SECONDS)
+        if RETENTION_DAYS:
+            work = functools.partial(database.sweep, page=self.page, days=RETENTION_DAYS)
+            self.page = self.connections.transaction(work)

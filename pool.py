@@ -1,0 +1,176 @@
+"""Connections to PostgreSQL: the hosts of DATABASE_URL, a time-out for every reply, and the pool.
+Only the producer imports it."""
+
+import logging
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import psycopg2
+import psycopg2.errors
+import psycopg2.extensions
+from psycopg2.extensions import connection as Connection
+
+import process
+
+log = logging.getLogger("database")
+
+Result = TypeVar("Result")
+
+
+def dsn(value: str) -> str:
+    """Check a libpq URL or key=value string. The reasons of libpq are not shown: they may quote the
+    password."""
+    try:
+        host = psycopg2.extensions.parse_dsn(value).get("host", "")
+    except psycopg2.ProgrammingError:
+        host = "@"
+    if "@" in host:
+        raise ValueError(
+            "expected postgresql://user:password@host:port/name, a @ in the password as %40"
+        )
+    return value
+
+
+URL = process.setting("DATABASE_URL", "postgresql://tasks:tasks@127.0.0.1:5432/tasks", dsn)
+CONNECTIONS = 16  # for HTTP and the housekeeper
+CONNECTION_WAIT_SECONDS = 2  # for a free one, then 503
+REPEAT_SECONDS = 5  # a transaction that failed later than this is not tried again
+CONNECT_SECONDS = 3  # for each host
+REPLY_SECONDS = 15  # longer than statement_timeout: only a frozen server is silent for so long
+# The planner must not choose by stale statistics: a queue's table is empty now and full soon.
+SERVER_OPTIONS = (
+    "-c timezone=UTC -c client_encoding=UTF8 -c lock_timeout=2000 -c statement_timeout=10000"
+    " -c idle_in_transaction_session_timeout=60000"
+    " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
+)
+
+# Away, full, read-only, over a time limit, or so new or old that the table is not ready yet.
+UNAVAILABLE = (
+    psycopg2.OperationalError,
+    psycopg2.InterfaceError,
+    psycopg2.InternalError,
+    psycopg2.errors.UndefinedTable,
+    psycopg2.errors.UndefinedColumn,
+)
+
+
+class Unavailable(Exception):
+    """The database cannot do it now; nothing was changed, or nobody can know yet."""
+
+
+def wait_for_reply(connection: Connection) -> None:
+    """Wait until the server has answered: TCP time-outs do not fire for a frozen server whose
+    kernel still acknowledges. psycopg2 closes the connection if this raises."""
+    connecting = connection.status == psycopg2.extensions.STATUS_SETUP
+    seconds = CONNECT_SECONDS if connecting else REPLY_SECONDS
+    deadline = time.monotonic() + seconds
+    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
+        reading = state == psycopg2.extensions.POLL_READ
+        poller = select.poll()  # a new one each time: while connecting, libpq may change its socket
+        poller.register(connection.fileno(), select.POLLIN if reading else select.POLLOUT)
+        if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
+            raise psycopg2.OperationalError(f"no reply in {seconds} seconds")
+
+
+def hosts(parameters: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what tells each host of a URL from the others. They are tried one by one, as libpq
+    would wait for a silent first one for ever under a wait callback."""
+    lists = {
+        name: parameters[name].split(",")
+        for name in ("host", "hostaddr", "port")
+        if name in parameters
+    }
+    count = max((len(values) for values in lists.values()), default=1)
+    return [
+        {name: values[index if len(values) > 1 else 0] for name, values in lists.items()}
+        for index in range(count)
+    ]
+
+
+def has_several_hosts() -> bool:
+    """Tell whether DATABASE_URL names a standby beside the primary."""
+    return len(hosts(psycopg2.extensions.parse_dsn(URL))) > 1
+
+
+def connect() -> Connection:
+    """Connect to the first host that accepts the connection; the URL's own options are honoured."""
+    psycopg2.extensions.set_wait_callback(wait_for_reply)
+    parameters: dict[str, Any] = psycopg2.extensions.parse_dsn(URL) | {
+        "application_name": "tasks-producer",
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,
+    }
+    parameters["options"] = f"{SERVER_OPTIONS} {parameters.get('options', '')}"
+    reasons = []
+    for host in hosts(parameters):
+        try:
+            session: Connection = psycopg2.connect(**(parameters | host))
+            return session
+        except psycopg2.OperationalError as error:
+            reasons.append(str(error).strip())
+    raise psycopg2.OperationalError("; ".join(reasons))
+
+
+class Pool:
+    """Connections kept between requests; a caller waits for a free one, but not for ever."""
+
+    def __init__(self, size: int = CONNECTIONS) -> None:
+        self.places = threading.BoundedSemaphore(size)
+        self.idle: list[Connection] = []
+
+    def statement(self, work: Callable[[Any], Result]) -> Result:
+        """Return work(cursor), whose statements each commit themselves: one trip to the server
+        instead of three. The work must be repeatable."""
+        return self.transaction(work, autocommit=True)
+
+    def transaction(
+        self, work: Callable[[Any], Result], repeatable: bool = True, autocommit: bool = False
+    ) -> Result:
+        """Return work(cursor), committed. Raise Unavailable if the database cannot do it now.
+
+        A kept connection may have died unnoticed and a deadlock's victim has done nothing wrong, so
+        it is tried again; after a COMMIT of unknown outcome only if the work is repeatable.
+        """
+        if not self.places.acquire(timeout=CONNECTION_WAIT_SECONDS):
+            raise Unavailable("all database connections are busy")
+        try:
+            deadline = time.monotonic() + REPEAT_SECONDS
+            while True:
+                connection, committing = None, False
+                try:
+                    connection = self.idle.pop() if self.idle else connect()
+                    connection.autocommit = autocommit
+                    with connection.cursor() as cursor:
+                        result = work(cursor)
+                    committing = True
+                    connection.commit()
+                    self.idle.append(connection)
+                    return result
+                except BaseException as error:
+                    lost = connection is not None and bool(connection.closed)
+                    again = isinstance(error, psycopg2.errors.DeadlockDetected) or (
+                        lost and (repeatable or not committing)
+                    )
+                    self.discard(connection, error)
+                    if not isinstance(error, UNAVAILABLE):
+                        raise
+                    if time.monotonic() > deadline or not again:
+                        raise Unavailable(str(error).strip()) from error
+        finally:
+            self.places.release()
+
+    def discard(self, connection: Connection | None, error: BaseException) -> None:
+        """Close a connection after any error, so that its locks end now and not with the garbage;
+        and the idle ones too if they may be as dead as it is."""
+        if connection is None:
+            return
+        log.debug("connection discarded: %s", process.printable(error))
+        if connection.closed or isinstance(error, psycopg2.errors.ReadOnlySqlTransaction):
+            while self.idle:
+                self.idle.pop().close()
+        connection.close()
