@@ -26,6 +26,7 @@ BATCH = 500
 BATCH_BYTES = 4 * 1024 * 1024
 EXPIRATION_MS = int(process.SENT_TIMEOUT_SECONDS * 1000 / 2)
 WALK_SECONDS = 1.0  # between two walks of the index while there is no backlog
+LAST_WALKS_SECONDS = 0.05  # the same, when a backlog has just ended
 SLOW_WALK_SECONDS = 0.2
 MAX_WALK_PAUSE_SECONDS = 10
 MIN_SPAN = 1 / 256
@@ -46,6 +47,7 @@ class Arrivals:
         self.ids: list[str] = []
         self.backlog = True  # perhaps: the first walk tells
         self.walk_at = 0.0  # of time.monotonic()
+        self.full_at = 0.0  # the same: the last walk that left a backlog
         self.span = 1.0  # the part of the ring of picks that a walk covers
 
     def add(self, ids: list[str]) -> None:
@@ -77,13 +79,17 @@ class Arrivals:
         """Note how a walk went: whether it left a backlog, and how long it took. A slow one was
         among dead entries: the next ones cover less of the ring, and come less often."""
         with self.changed:
+            now = time.monotonic()
             self.backlog = full
+            self.full_at = now if full else self.full_at
             pause = max(WALK_SECONDS, min(9 * seconds, MAX_WALK_PAUSE_SECONDS))
+            if now - self.full_at < WALK_SECONDS:
+                pause = LAST_WALKS_SECONDS  # the other threads had locked some of the last ones
             if not full and seconds > SLOW_WALK_SECONDS:
                 self.span = max(self.span / 2, MIN_SPAN)
             elif not full and self.span < 1 and seconds < SLOW_WALK_SECONDS / 4:
                 self.span, pause = min(self.span * 2, 1.0), 0.0
-            self.walk_at = time.monotonic() + pause
+            self.walk_at = now + pause
             self.changed.notify_all()
 
 
