@@ -40,11 +40,10 @@ class Entry:
     since: float = dataclasses.field(default_factory=time.monotonic)  # taken, then: started
     token: str = ""  # of a suspect's start; the same start asked twice counts once
     allowed: bool | None = None  # the producer's answer whether it may start
+    key: tuple[str, int] = ("", 0)  # what copies of the same attempt have in common
 
-    @property
-    def key(self) -> tuple[str, int]:
-        """What copies of the same attempt have in common."""
-        return self.message.id, self.message.attempt
+    def __post_init__(self) -> None:
+        self.key = self.message.id, self.message.attempt
 
     def is_urgent(self, now: float) -> bool:
         """Tell whether a suspect has waited long enough to go before the tasks beside it."""

@@ -31,6 +31,7 @@ WORDS = {
     "ошибка": "error",
     "успешно": "success",
 }
+OPTIONAL_FIELDS = ("result", "error", "reason", "started")  # of a report, each a text
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
@@ -43,7 +44,8 @@ class Message(NamedTuple):
 
     def as_body(self) -> bytes:
         """Return the JSON that parse_message() reads."""
-        return json.dumps(self._asdict(), ensure_ascii=False).encode()
+        fields = {"id": self.id, "text": self.text, "attempt": self.attempt}
+        return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def parse_message(body: bytes) -> Message:
@@ -76,16 +78,15 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that parse_report() reads."""
-        fields = {
-            "taskId": self.id,
-            "taskStatus": self.status,
-            "attempt": self.attempt,
-            "result": self.result,
-            "error": self.error,
-            "reason": self.reason,
-            "started": self.started,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
+        fields: dict[str, Any] = {"taskId": self.id}
+        if self.status is not None:
+            fields["taskStatus"] = self.status
+        if self.attempt is not None:
+            fields["attempt"] = self.attempt
+        for name in OPTIONAL_FIELDS:
+            if (value := getattr(self, name)) is not None:
+                fields[name] = value
+        return fields
 
 
 @dataclass(slots=True)
@@ -160,7 +161,7 @@ def parse_report(element: Any) -> Report:
     report.attempt = element.get("attempt")
     if report.attempt is not None and type(report.attempt) is not int:
         raise ValueError(f"attempt: expected an integer, got {shorten(report.attempt)}")
-    for name in ("result", "error", "reason", "started"):
+    for name in OPTIONAL_FIELDS:
         if element.get(name) is not None:
             setattr(report, name, parse_text(element[name], name, MAX_OUTCOME_BYTES))
     if report.status is None and report.attempt is None:
