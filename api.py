@@ -111,7 +111,8 @@ def answer_unavailable(route: Callable[..., bytes]) -> Callable[..., bytes]:
 def authorize(environ: dict[str, Any]) -> str | None:
     """Return why a request is refused that lacks the token, where one is set; None if it is let
     in. Called with the head alone, so that nobody uploads without it."""
-    if not process.API_TOKEN or not environ["PATH_INFO"].startswith("/api/"):
+    path = "/" + environ["PATH_INFO"].lstrip("/")  # as Bottle sees it
+    if not process.API_TOKEN or not path.startswith("/api/"):
         return None
     given = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1")
     if hmac.compare_digest(given, f"Bearer {process.API_TOKEN}".encode()):

@@ -155,7 +155,7 @@ class Connection:
             self.receive(deadline)
         except Closed:
             if self.upload is not None and self.upload.is_shed:
-                raise http_limits.slow() from None
+                raise http_limits.too_slow() from None
             raise
 
     def send(self, status: str, headers: list[tuple[str, str]], body: bytes, more: bool) -> None:

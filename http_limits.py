@@ -31,7 +31,7 @@ def share_arena() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-def busy(reason: str, keep: bool = False) -> Refused:
+def no_room(reason: str, keep: bool = False) -> Refused:
     """Return the refusal of a request for which there is no memory now."""
     return Refused("503 Service Unavailable", reason, ("Retry-After", "1"), keep=keep)
 
@@ -46,7 +46,7 @@ class Transfer:
         self.due = time.monotonic() + SLOW_SECONDS  # later than this without progress is slow
         self.waits = False
         self.is_shed = False
-        self.room = threading.Condition(lock)
+        self.turn = threading.Condition(lock)
 
     def advance(self, size: int) -> None:
         """Note that the client has sent or read so many bytes."""
@@ -66,20 +66,20 @@ class Transit:
         self.size = size
         self.free = size
         self.lock = threading.Lock()
-        self.open: dict[Transfer, None] = {}  # those that wait for their client, the eldest first
+        self.transfers: dict[Transfer, None] = {}  # waiting for their clients, the eldest first
 
     def begin_upload(self, connection: socket.socket) -> Transfer:
         """Return a new upload that holds nothing yet."""
         upload = Transfer(connection, self.lock, True)
         with self.lock:
-            self.open[upload] = None
+            self.transfers[upload] = None
         return upload
 
     def begin_answer(self, connection: socket.socket, size: int) -> Transfer:
         """Return a new answer. It is in memory already, so only slow ones make room for it."""
         answer = Transfer(connection, self.lock, False)
         with self.lock:
-            self.open[answer] = None
+            self.transfers[answer] = None
             answer.held = size
             self.free -= size
             while self.free < 0 and self.shed_slowest():
@@ -94,7 +94,7 @@ class Transit:
             if self.free < size + MAX_BODY_BYTES:
                 self.wait(upload, size)
             if upload.is_shed:
-                raise slow()
+                raise too_slow()
             self.free -= size
             upload.held += size
 
@@ -109,8 +109,8 @@ class Transit:
                     continue
                 seconds = deadline - time.monotonic()
                 if seconds <= 0:
-                    raise busy("too many large bodies at once")
-                upload.room.wait(min(seconds, LOOK_SECONDS) if leads else seconds)
+                    raise no_room("too many large bodies at once")
+                upload.turn.wait(min(seconds, LOOK_SECONDS) if leads else seconds)
         finally:
             upload.waits = False
             upload.due = time.monotonic() + SLOW_SECONDS
@@ -118,22 +118,24 @@ class Transit:
 
     def fits(self, upload: Transfer, size: int) -> bool:
         """Tell whether an upload may take so many bytes now."""
-        eldest = next((transfer for transfer in self.open if transfer.is_upload), None)
+        eldest = next((transfer for transfer in self.transfers if transfer.is_upload), None)
         return self.free >= size + (0 if upload is eldest else MAX_BODY_BYTES)
 
     def first_waiting(self) -> Transfer | None:
         """Return the eldest upload that waits for room."""
-        return next((transfer for transfer in self.open if transfer.waits), None)
+        return next((transfer for transfer in self.transfers if transfer.waits), None)
 
     def wake(self) -> None:
         """Let the eldest upload that waits look again; it wakes the next one when it has gone."""
         if (first := self.first_waiting()) is not None:
-            first.room.notify()
+            first.turn.notify()
 
     def shed_slowest(self) -> bool:
         """Close the transfer that is furthest behind; return False if none is slow."""
         now = time.monotonic()
-        slow = [transfer for transfer in self.open if not transfer.waits and transfer.due < now]
+        slow = [
+            transfer for transfer in self.transfers if not transfer.waits and transfer.due < now
+        ]
         if not slow:
             return False
         slowest = min(slow, key=lambda transfer: transfer.due)
@@ -146,14 +148,14 @@ class Transit:
 
     def give_back(self, transfer: Transfer) -> None:
         """Count the bytes of a transfer as free; called with the lock held."""
-        self.open.pop(transfer, None)
+        self.transfers.pop(transfer, None)
         self.free += transfer.held
         transfer.held = 0
 
     def complete(self, upload: Transfer) -> None:
         """Note that an upload does not wait for its client any more; it holds its bytes still."""
         with self.lock:
-            self.open.pop(upload, None)
+            self.transfers.pop(upload, None)
             self.wake()
 
     def end(self, transfer: Transfer) -> None:
@@ -163,9 +165,9 @@ class Transit:
             self.wake()
 
 
-def slow() -> Refused:
+def too_slow() -> Refused:
     """Return the refusal of an upload whose room others needed."""
-    return busy("the body came too slowly while memory was short")
+    return no_room("the body came too slowly while memory was short")
 
 
 class Work:
@@ -201,10 +203,10 @@ class Work:
         if gate.acquire(timeout=WORK_WAIT_SECONDS):
             return
         with self.lock:
-            if gate.locked() and (weight, gate) in self.queue:
+            if (weight, gate) in self.queue:  # else it was let in at the last moment
                 self.queue.remove((weight, gate))
                 self.admit()
-                raise busy("too many large bodies at once", keep=True)
+                raise no_room("too many large bodies at once", keep=True)
 
     def admit(self) -> None:
         """Let in the first ones that fit; called with the lock held."""

@@ -92,20 +92,24 @@ def texts(side: Side) -> Results:
     return {name: rate, "texts of 20 KB, MB": rate * size / 1e6}
 
 
+def million(side: Side) -> Results:
+    """The drain out of a million waiting tasks."""
+    prepare = functools.partial(Measured.fill, count=MILLION)
+    return drain(side, "drain/s of a million waiting", prepare=prepare)
+
+
 def backlogs(side: Side) -> Results:
     """The drain of the same number of tasks out of ever more, and beside finished rows."""
     results: Results = {}
-    for waiting in (10_000, 100_000, MILLION):
-        say(f"backlog {waiting}")
+    for waiting in (10_000, 100_000):
         prepare = functools.partial(Measured.fill, count=waiting)
         results |= drain(side, f"drain/s of {waiting}", min(side.tasks, waiting), prepare)
-    say("backlog beside a million finished")
 
     def prepare_finished(bench: Measured) -> None:
         bench.fill(MILLION, "success")
         bench.fill(side.tasks)
 
-    return results | drain(side, "drain/s beside 1000000 finished", prepare=prepare_finished)
+    return results | drain(side, "drain/s beside a million finished", prepare=prepare_finished)
 
 
 def dead_letters(side: Side) -> Results:
@@ -214,6 +218,7 @@ PARTS: dict[str, Callable[[Side], Results]] = {
     "create": create,
     "everything": everything,
     "latency": latency,
+    "million": million,
     "backlogs": backlogs,
     "dead": dead_letters,
     "scaling": scaling,

@@ -186,6 +186,7 @@ def test_a_token_guards_the_api_and_nothing_else(stack: Stack) -> None:
     assert stack.session.get(stack.url + "/healthz").status_code == 200
     refused = stack.session.post(stack.url + CREATE, json={"text": "a"})
     assert refused.status_code == 401 and "Authorization: Bearer" in refused.json()["error"]
+    assert stack.session.post(f"{stack.url}/{CREATE}", json={"text": "a"}).status_code == 401
     headers = {"Authorization": "Bearer secret"}
     allowed = stack.session.post(stack.url + CREATE, json={"text": "a"}, headers=headers)
     assert allowed.status_code == 201
