@@ -71,13 +71,17 @@ class Process:
 
     def __init__(self, log: pathlib.Path) -> None:
         self.log = log
-        self.child: subprocess.Popen | None = None
+        self.child: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
         """The child's process id."""
         assert self.child is not None
         return self.child.pid
+
+    def start(self) -> None:
+        """Start the child; each kind of process has its own way."""
+        raise NotImplementedError
 
     def spawn(self, command: list[str], env: dict[str, str], cwd: pathlib.Path = HERE) -> None:
         """Start a command with its output appended to the log."""

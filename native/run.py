@@ -109,7 +109,7 @@ class Project:
         """Stop everything: consumers, producer, broker, database."""
         services = self.processes[2:]
         for process in services:
-            if process.poll() is None:
+            if process.child is not None and process.poll() is None:
                 process.child.terminate()
         for process in reversed(self.processes):
             process.stop()

@@ -137,7 +137,7 @@ class Rabbit(Process):
         super().__init__(folder / "rabbit.log")
         self.folder = folder
         self.port = free_port()
-        self.epmd: subprocess.Popen | None = None
+        self.epmd: subprocess.Popen[bytes] | None = None
         self.sbin = rabbit_sbin()
         self.url = f"amqp://tasks:{password}@127.0.0.1:{self.port}/%2F"
         user = f"default_user = tasks\ndefault_pass = {password}\n"

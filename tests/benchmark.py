@@ -30,23 +30,20 @@ from tests import load
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
-MILLION = 1_000_000
+MILLION = 10**6
 NO_BROKER = "amqp://tasks:tasks@127.0.0.1:1/%2F"
 Results = dict[str, float]
 
 
 def say(text: str) -> None:
-    """Show progress."""
     print(f"{time.strftime('%T')} {text}", file=sys.stderr, flush=True)
 
 
 def bare_pipe(side: Side) -> Results:
     """Messages/s of pika alone: no database, no HTTP; as fast as it can, and as it mostly is."""
-    url = side.rabbit.url
-    return {
-        "pipe/s": load.bare_pipe(url, side.tasks),
-        "pipe/s, blocking": load.bare_pipe(url, side.tasks, load.pipe_publish_blocking),
-    }
+    url, count = side.rabbit.url, side.tasks
+    blocking = load.bare_pipe(url, count, load.pipe_publish_blocking)
+    return {"pipe/s": load.bare_pipe(url, count), "pipe/s, blocking": blocking}
 
 
 def drain(
@@ -211,7 +208,7 @@ def latency(side: Side) -> Results:
     return {"latency p50 ms": p50, "latency p99 ms": p99}
 
 
-PARTS: dict[str, Callable[[Side], Results]] = {
+PARTS = {
     "pipe": bare_pipe,
     "drain": drain,
     "texts": texts,
@@ -262,7 +259,7 @@ def options() -> argparse.Namespace:
     """Return the command line's words."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=30_000)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts")
     parser.add_argument("--peer", help="a Python with fastapi, uvicorn[standard] and asyncpg")
     parser.add_argument("--runs", type=int, default=1, help="print the median of so many")
     parser.add_argument("--against", type=pathlib.Path, help="another checkout")
@@ -295,8 +292,7 @@ def main() -> None:
     }
     report(results)
     machine = {"machine": platform.platform(), "runs": words.runs, "tasks": words.tasks}
-    output = servers.HERE / ".run" / "benchmark.json"
-    output.parent.mkdir(exist_ok=True)
+    output = servers.HERE / ".run" / "benchmark.json"  # run.sh has made the folder
     output.write_text(json.dumps(machine | {"results": results, "samples": samples}, indent=1))
 
 

@@ -27,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat one run's faults")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest, so that they do not run alone in the end."""
+    first = ("test_chaos", "test_compose", "test_faults")
+    items.sort(key=lambda item: not item.location[0].startswith(tuple(f"tests/{n}" for n in first)))
+
+
 def pytest_report_header() -> str:
     """Say what this machine cannot show."""
     if containers.HAS_DOCKER:

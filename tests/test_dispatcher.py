@@ -140,6 +140,7 @@ def median_seconds(stack: Stack) -> float:
     return seconds
 
 
+@pytest.mark.pure
 def test_arrivals_are_claimed_by_id_until_they_are_a_backlog() -> None:
     arrivals = dispatcher.Arrivals()
     assert arrivals.take() is None  # what is there at the start is unknown
@@ -154,6 +155,7 @@ def test_arrivals_are_claimed_by_id_until_they_are_a_backlog() -> None:
     arrivals.walked(full=False, seconds=0.01)
 
 
+@pytest.mark.pure
 def test_slow_walks_cover_less_and_fast_ones_more_again() -> None:
     arrivals = dispatcher.Arrivals()
     for _ in range(3):

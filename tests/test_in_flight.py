@@ -6,6 +6,8 @@ import in_flight
 from in_flight import Entry, InFlight
 from task import Message, Report
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:

@@ -6,6 +6,8 @@ import pytest
 
 import process
 
+pytestmark = pytest.mark.pure
+
 
 def test_an_outage_is_a_warning_at_first_and_then_once_a_minute(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

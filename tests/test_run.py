@@ -111,6 +111,7 @@ def test_without_docker_the_docker_way_says_so(project: pathlib.Path) -> None:
     assert "expected a Docker engine" in done.stderr
 
 
+@pytest.mark.pure
 def test_usage_is_the_head_of_the_script(project: pathlib.Path) -> None:
     done = run(project, "--help")
     assert done.returncode == 0
@@ -127,6 +128,7 @@ def test_publishing_outside_git_without_a_tag_says_what_to_give(
     assert done.returncode == 2 and "expected a TAG" in done.stderr
 
 
+@pytest.mark.pure
 def test_every_setting_stands_in_the_readme_and_in_compose() -> None:
     compose = (servers.HERE / "docker-compose.yml").read_text()
     readme = (servers.HERE / "README.md").read_text()

@@ -107,6 +107,7 @@ def test_two_upgrades_at_once_are_one(stack: Stack) -> None:
     assert sum("schema changed" in each.log.read_text() for each in producers) == 1
 
 
+@pytest.mark.pure
 def test_the_statements_of_the_indexes_are_found() -> None:
     assert list(schema.INDEXES) == ["tasks_pending", "tasks_delayed", "tasks_sent"]
     assert all(text.startswith("CREATE INDEX") for text in schema.INDEXES.values())

@@ -5,6 +5,8 @@ import pytest
 import task as rules
 from task import Report, Row
 
+pytestmark = pytest.mark.pure
+
 
 def row(status: str, **fields: object) -> Row:
     """Return a row as LOCK_TASKS reads it."""
