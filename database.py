@@ -27,9 +27,6 @@ ON CONFLICT (id) DO NOTHING
 RETURNING {TASK_COLUMNS}
 """
 
-# One trip for both. A group must not wait long for the one member whose id is locked elsewhere.
-INSERT_GROUP = f"SET LOCAL lock_timeout = 100; {INSERT_TASKS}"
-
 PROBE = "SELECT FROM tasks LIMIT 0"
 
 SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
@@ -224,12 +221,10 @@ def select_tasks(cursor: Any, ids: list[str]) -> dict[str, dict[str, Any]]:
     return {row[0]: as_task(row) for row in cursor}
 
 
-def insert_tasks(
-    cursor: Any, new: Iterable[NewTask], statement: str = INSERT_TASKS
-) -> dict[str, dict[str, Any]]:
+def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict[str, Any]]:
     """Insert what is not there yet; return all of them by id, the older ones as they are."""
     columns = dict(zip(("ids", "texts", "run_ats"), map(list, zip(*new, strict=True)), strict=True))
-    cursor.execute(statement, columns)
+    cursor.execute(INSERT_TASKS, columns)
     tasks = {row[0]: as_task(row) for row in cursor}
     missing = [id for id in columns["ids"] if id not in tasks]
     if missing:  # a statement of its own: the first one's snapshot may be older than the rival row

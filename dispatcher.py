@@ -45,6 +45,7 @@ class Arrivals:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.ids: list[str] = []
+        self.sending = False  # a thread is at the ids that it took
         self.backlog = True  # perhaps: the first walk tells
         self.walk_at = 0.0  # of time.monotonic()
         self.full_at = 0.0  # the same: the last walk that left a backlog
@@ -63,17 +64,28 @@ class Arrivals:
         """Wait for work, at most WALK_SECONDS; return ids to claim, or None if a walk is due."""
         with self.changed:
             deadline = time.monotonic() + WALK_SECONDS
-            while not self.ids and not self.backlog and time.monotonic() < self.walk_at:
+            while not (self.backlog or self.may_send() or time.monotonic() >= self.walk_at):
                 if time.monotonic() >= deadline:
                     return []
                 self.changed.wait(min(self.walk_at, deadline) - time.monotonic())
             if self.backlog:
                 self.ids.clear()  # the walk meets them too, and they have no right to go first
-            elif self.ids:
-                ids, self.ids = self.ids, []
+            elif self.may_send():
+                ids, self.ids, self.sending = self.ids, [], True
                 return ids
             self.walk_at = math.inf  # until this walk has ended
             return None
+
+    def may_send(self) -> bool:
+        """Tell whether ids may be claimed: by one thread at a time, so that those which come
+        meanwhile become one batch. If it is stuck, the walks find them."""
+        return bool(self.ids) and not self.sending
+
+    def sent(self) -> None:
+        """Note that the ids of take() have been sent, or have failed and are left to a walk."""
+        with self.changed:
+            self.sending = False
+            self.changed.notify()
 
     def walked(self, full: bool, seconds: float) -> None:
         """Note how a walk went: whether it left a backlog, and how long it took. A slow one was
@@ -183,7 +195,10 @@ class Publisher:
             if ids is None:
                 self.walk()
             elif ids:
-                self.send(ids)
+                try:
+                    self.send(ids)
+                finally:
+                    arrivals.sent()
 
     def walk(self) -> None:
         """Send a batch of random pending tasks from the index."""

@@ -11,6 +11,8 @@ import database
 import pool
 
 GROUP_BYTES = 4 * 1024 * 1024
+# A group does not wait long for the one member whose id is locked elsewhere.
+GROUP_OPTIONS = "-c lock_timeout=100"
 
 
 class Waiter:
@@ -32,8 +34,9 @@ class GroupCommit:
     The first caller writes at once; who comes meanwhile waits, and one of them writes for the rest.
     """
 
-    def __init__(self, groups: pool.Pool, singles: pool.Pool) -> None:
-        self.groups = groups
+    def __init__(self, singles: pool.Pool) -> None:
+        # A connection of its own: reports that wait for locked rows cannot keep creates out.
+        self.groups = pool.Pool(1, GROUP_OPTIONS)
         self.singles = singles  # for a create whose id another transaction has locked
         self.lock = threading.Lock()
         self.waiting: list[Waiter] = []
@@ -68,9 +71,7 @@ class GroupCommit:
             self.waiting = self.waiting[len(group) :]
         try:
             new = [waiter.new for waiter in group]
-            tasks = self.groups.statement(
-                lambda cursor: database.insert_tasks(cursor, new, database.INSERT_GROUP)
-            )
+            tasks = self.groups.statement(lambda cursor: database.insert_tasks(cursor, new))
             for waiter in group:
                 waiter.outcome = tasks[waiter.new.id]
         except Exception as error:  # every waiter raises it in its own thread

@@ -95,8 +95,9 @@ def has_several_hosts() -> bool:
     return len(hosts(psycopg2.extensions.parse_dsn(URL))) > 1
 
 
-def connect() -> Connection:
-    """Connect to the first host that accepts the connection; the URL's own options are honoured."""
+def connect(options: str = "") -> Connection:
+    """Connect to the first host that accepts the connection, with settings of the session such as
+    `-c lock_timeout=100`. Those of the URL are honoured."""
     psycopg2.extensions.set_wait_callback(wait_for_reply)
     parameters: dict[str, Any] = psycopg2.extensions.parse_dsn(URL) | {
         "application_name": "tasks-producer",
@@ -105,7 +106,7 @@ def connect() -> Connection:
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,
     }
-    parameters["options"] = f"{SERVER_OPTIONS} {parameters.get('options', '')}"
+    parameters["options"] = f"{SERVER_OPTIONS} {options} {parameters.get('options', '')}"
     reasons = []
     for host in hosts(parameters):
         try:
@@ -119,7 +120,8 @@ def connect() -> Connection:
 class Pool:
     """Connections kept between requests; a caller waits for a free one, but not for ever."""
 
-    def __init__(self, size: int = CONNECTIONS) -> None:
+    def __init__(self, size: int = CONNECTIONS, options: str = "") -> None:
+        self.options = options
         self.places = threading.BoundedSemaphore(size)
         self.idle: list[Connection] = []
 
@@ -143,7 +145,7 @@ class Pool:
             while True:
                 connection, committing = None, False
                 try:
-                    connection = self.idle.pop() if self.idle else connect()
+                    connection = self.idle.pop() if self.idle else connect(self.options)
                     connection.autocommit = autocommit
                     with connection.cursor() as cursor:
                         result = work(cursor)

@@ -37,8 +37,7 @@ CREATE_FIELDS = {"text", "taskId", "runAt"}
 
 app = api.make_app()
 connections = pool.Pool()
-# Creates have connections of their own: reports that wait for locked rows cannot keep them out.
-creates = GroupCommit(pool.Pool(1), connections)
+creates = GroupCommit(connections)
 stop = threading.Event()
 arrivals = Arrivals()
 dispatcher = Dispatcher(stop, arrivals)

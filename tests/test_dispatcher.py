@@ -147,6 +147,7 @@ def test_arrivals_are_claimed_by_id_until_they_are_a_backlog() -> None:
     arrivals.add(["a"])
     arrivals.walked(full=False, seconds=0.01)
     assert arrivals.take() == ["a"]
+    arrivals.sent()
     arrivals.add(["b"] * (dispatcher.BATCH + 1))
     assert arrivals.take() is None
     arrivals.walked(full=True, seconds=0.01)

@@ -456,10 +456,10 @@ def test_the_longest_idle_connection_makes_room_for_a_new_one(
     busy.send(b"POST /slow HTTP/1.1\r\nContent-Length: 2\r\n\r\n")
     idle = {client.socket.getsockname() for client in (kept, unused)}
     until(lambda: {each.address for each in tuple(server.idle)} == idle)
-    for _ in range(2):
-        new = Client(server)
-        new.send(b"GET /b HTTP/1.1\r\n\r\n")
-        assert new.read()[2] == b"GET /b  "
+    new = [Client(server), Client(server)]  # both stay open
+    for each in new:
+        each.send(b"GET /b HTTP/1.1\r\n\r\n")
+        assert each.read()[2] == b"GET /b  "
     assert unused.read()[0] == 0
     assert kept.read()[0] == 0
     busy.send(b"hi")
@@ -474,7 +474,7 @@ def test_520_idle_connections_and_slow_heads_keep_nobody_out(
         client.send(b"GET / HT")
     for _ in range(20):
         status, seconds = post(server, 10)
-        assert (status, seconds < 0.5) == (200, True), seconds
+        assert (status, seconds < 5) == (200, True), seconds
     for client in waiting:
         client.socket.close()
 
