@@ -666,7 +666,9 @@ def test_consumers_that_come_and_go_run_everything_once(stack: Stack, runs: path
     consumers = [stack.consumer(**handler(runs)) for _ in range(2)]
     for round_ in range(6):
         time.sleep(1)
-        assert consumers[round_ % 2].stop(30) == 0
+        leaver = consumers[round_ % 2]
+        until(lambda leaver=leaver: "connected" in leaver.log.read_text())
+        assert leaver.stop() == 0
         consumers[round_ % 2] = stack.consumer(**handler(runs))
     stack.wait_status(ids, "success", timeout=120)
     assert set(stack.runs(runs).values()) == {1}
