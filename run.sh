@@ -207,7 +207,7 @@ main() {
     test)
       prepare_native venv-test requirements.txt requirements-test.txt
       # Everything: mostly waiting, so side by side; each process has servers of its own.
-      [ $# -gt 1 ] || set -- test --numprocesses=3 --dist=loadgroup
+      [ $# -gt 1 ] || set -- test --numprocesses=3
       exec .run/venv-test/bin/python -m pytest "${@:2}"
       ;;
     bench)

@@ -85,7 +85,7 @@ def test_no_death_of_anything_loses_a_task(
         kills = torment(victims, dice, request.config.getoption("--chaos-seconds"))
         creator.stop.set()
         creator.join(60)
-        stack.wait_ended(timeout=180)
+        stack.wait_ended(timeout=300)
         until(lambda: stack.unsettled() == {}, what="queues empty")
         assert creator.answered and all(kills.values()), f"nothing was tried: {kills}"
         verify(stack, creator.answered, stack.runs(runs))

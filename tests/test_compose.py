@@ -16,8 +16,6 @@ from native import servers
 from tests import containers
 from tests.stack import until
 
-pytestmark = pytest.mark.xdist_group("compose")  # one project for all
-
 
 class Compose:
     """A copy of the project with a name, images, a port and passwords of its own."""

@@ -130,19 +130,20 @@ def readyz(stack: Stack) -> tuple[int, dict] | None:
     return answer.status_code, answer.json()
 
 
-def test_every_service_stops_with_0_at_sigterm_and_at_once_at_the_second(stack: Stack) -> None:
+def test_every_service_stops_with_0_at_sigterm_and_at_once_at_the_second(
+    stack: Stack, tmp_path: pathlib.Path
+) -> None:
     producer, consumer = stack.producer(), stack.consumer(HANDLER="time:sleep")
     watcher = stack.start("dlq_watcher")
     until(lambda: "connected" in watcher.log.read_text())
     for service in (watcher, consumer, producer):
         assert service.stop(20) == 0
-    consumer = stack.consumer(PROCESSING_SECONDS=600)
+    consumer = stack.consumer(HANDLER="handlers:note", RUNS=tmp_path / "runs")
     stack.producer()
-    ids = stack.create("long")
-    stack.wait_status(ids, "sent")
-    until(lambda: stack.waiting() == 0)
+    stack.create("sleep=600")
+    until(lambda: stack.runs(tmp_path / "runs"), what="it runs")
     consumer.child.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert consumer.poll() is None  # it finishes what runs
     consumer.child.send_signal(signal.SIGTERM)
-    assert consumer.child.wait(5) == 1
+    assert consumer.child.wait(20) == 1

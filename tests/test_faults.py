@@ -2,7 +2,6 @@
 nothing, or stuck."""
 
 import contextlib
-import itertools
 import pathlib
 import signal
 import socket
@@ -109,12 +108,14 @@ def proxy() -> Iterator[Any]:
 def test_tasks_of_a_killed_consumer_are_run_by_another(stack: Stack, runs: pathlib.Path) -> None:
     stack.producer()
     victim = stack.consumer(**handler(runs, CONCURRENCY=2))
-    ids = stack.create("sleep=2 a", "sleep=2 b", "c", "d")
-    started(stack, runs, "sleep=2 b")
+    ids = stack.create("sleep=3 a", "sleep=3 b")
+    for text in ("sleep=3 a", "sleep=3 b"):
+        started(stack, runs, text)
+    ids += stack.create("c", "d")
     victim.kill()
-    stack.consumer(**handler(runs))
+    stack.consumer(**handler(runs, CONCURRENCY=2))
     stack.wait_status(ids, "success")
-    assert stack.runs(runs) == {"sleep=2 a": 2, "sleep=2 b": 2, "c": 1, "d": 1}
+    assert stack.runs(runs) == {"sleep=3 a": 2, "sleep=3 b": 2, "c": 1, "d": 1}
 
 
 def test_a_killed_producer_forgets_nothing_it_answered(stack: Stack, runs: pathlib.Path) -> None:
@@ -208,7 +209,7 @@ def test_a_task_that_was_held_and_lost_is_a_suspect(stack: Stack, runs: pathlib.
     settings = {"SENT_TIMEOUT_SECONDS": 4}
     stack.producer(**settings)
     consumer = stack.consumer(**handler(runs, **settings))
-    ids = stack.create("sleep=3")
+    ids = stack.create("sleep=6")
     until(lambda: stack.sql("SELECT touched_at FROM tasks")[0][0])
     consumer.kill()
     until(lambda: stack.waiting() == 1)
@@ -483,8 +484,8 @@ def test_a_stale_report_changes_nothing_and_its_message_is_acked(
 ) -> None:
     stack.producer()
     stack.consumer(**handler(runs))
-    [task_id] = stack.create("sleep=1.5")
-    started(stack, runs, "sleep=1.5")
+    [task_id] = stack.create("sleep=4")
+    started(stack, runs, "sleep=4")
     assert stack.put(taskId=task_id, taskStatus="error").json()["attempt"] == 2  # a cancel
     until(lambda: stack.unsettled() == {})
     task = stack.get(task_id)
@@ -536,7 +537,7 @@ def test_a_failed_attempt_is_retried_after_its_pause(stack: Stack, runs: pathlib
     began = time.monotonic()
     [task_id] = stack.create("third time lucky")
     stack.wait_status([task_id], "success")
-    assert 3 <= time.monotonic() - began < 15  # 1 s, then 2 s
+    assert 3 <= time.monotonic() - began < 30  # 1 s, then 2 s
     task = stack.get(task_id)
     assert (task["attempt"], task["result"], task["error"]) == (3, "run 3", None)
 
@@ -550,7 +551,7 @@ def test_the_last_failure_is_final_until_an_operator_says_otherwise(
     stack.wait_status([task_id], "error")
     assert stack.get(task_id)["error"] == "ValueError: run 2"
     assert stack.put(taskId=task_id, taskStatus="pending").status_code == 200
-    stack.wait_status([task_id], "success", timeout=5)
+    stack.wait_status([task_id], "success")
 
 
 def test_a_task_that_kills_its_consumer_ends_in_error_and_the_innocent_run_once(
@@ -572,9 +573,10 @@ def test_a_task_that_kills_its_consumer_ends_in_error_and_the_innocent_run_once(
     until(lambda: stack.unsettled() == {})
     lines = runs.read_text().splitlines()
     assert lines.count("die") == 3
-    # Only the task that ended in the last millisecond before a death can have had no time to be
-    # reported; what had not begun ran once.
-    last = {before for before, line in itertools.pairwise(lines) if line == "die"}
+    # Only a task that ended just before a death can have had no time to be reported, on a busy
+    # machine two; what had not begun ran once.
+    deaths = [index for index, line in enumerate(lines) if line == "die"]
+    last = {line for index in deaths for line in lines[max(0, index - 2) : index]}
     for text in texts:
         assert lines.count(text) == 1 or (text in last and lines.count(text) == 2), lines
 
@@ -707,7 +709,7 @@ def test_a_producer_stopped_under_load_answers_what_it_took(stack: Stack) -> Non
 def test_run_at_holds_a_task_back(stack: Stack, runs: pathlib.Path) -> None:
     stack.producer()
     stack.consumer(**handler(runs))
-    [(now,)] = stack.sql("SELECT now() + interval '3 seconds'")
+    [(now,)] = stack.sql("SELECT now() + interval '6 seconds'")
     later = stack.create("later", runAt=now.isoformat())
     sooner = stack.create("sooner")
     stack.wait_status(sooner, "success")
@@ -726,7 +728,7 @@ def test_a_million_held_tasks_cost_the_pick_nothing(stack: Stack) -> None:
         " SELECT 'held', true, now() + interval '1 day' FROM generate_series(1, 1000000)"
     )
     ids = stack.create("now")
-    stack.wait_status(ids, "sent", timeout=10)
+    stack.wait_status(ids, "sent", timeout=30)
     plan = stack.sql(
         "SET enable_seqscan = off; EXPLAIN SELECT id FROM tasks WHERE status ="
         " 'pending' AND NOT delayed AND pick >= 0.5 ORDER BY pick LIMIT 500"

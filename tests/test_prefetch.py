@@ -38,8 +38,8 @@ def test_a_window_that_widens_and_narrows_redelivers_nothing(
     [(starts,)] = stack.sql("SELECT max(starts) FROM tasks")
     assert starts == 0  # a redelivered message would have been counted
     sizes = [int(size) for size in re.findall(r"window is now (\d+)", consumer.log.read_text())]
-    wide = [index for index, size in enumerate(sizes) if size >= 100]
-    assert wide and min(sizes[wide[0] :]) <= 30, sizes
+    wide = next((index for index, size in enumerate(sizes) if size >= 100), len(sizes))
+    assert min(sizes[wide:], default=0) in range(1, 31), sizes
 
 
 def test_what_waits_behind_a_long_task_goes_to_an_idle_consumer(
@@ -49,8 +49,8 @@ def test_what_waits_behind_a_long_task_goes_to_an_idle_consumer(
     runs = tmp_path / "runs"
     stack.consumer(HANDLER="handlers:note", RUNS=runs)
     stack.wait_status(stack.create(*map(str, range(2000))), "success")  # its window is wide now
-    long, *short = stack.create("sleep=20 long", *[f"sleep=0.01 {index}" for index in range(50)])
-    until(lambda: stack.runs(runs).get("sleep=20 long"))
+    long, *short = stack.create("sleep=90 long", *[f"sleep=0.01 {index}" for index in range(50)])
+    until(lambda: stack.runs(runs).get("sleep=90 long"))
     stack.consumer(HANDLER="handlers:note", RUNS=runs)
-    stack.wait_status(short, "success", timeout=15)
+    stack.wait_status(short, "success", timeout=60)
     assert stack.get(long)["taskStatus"] == "sent"
