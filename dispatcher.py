@@ -46,6 +46,7 @@ class Arrivals:
         self.changed = threading.Condition()
         self.ids: list[str] = []
         self.sending = False  # a thread is at the ids that it took
+        self.overflowed = False  # there were too many ids since the last walk began
         self.backlog = True  # perhaps: the first walk tells
         self.walk_at = 0.0  # of time.monotonic()
         self.full_at = 0.0  # the same: the last walk that left a backlog
@@ -53,11 +54,13 @@ class Arrivals:
 
     def add(self, ids: list[str]) -> None:
         """Note tasks whose COMMIT is done. More than a batch is a backlog."""
+        if not ids:
+            return
         with self.changed:
             self.ids += ids
             if len(self.ids) > BATCH:
                 self.ids.clear()
-                self.backlog = True
+                self.backlog = self.overflowed = True
             self.changed.notify()
 
     def take(self) -> list[str] | None:
@@ -68,12 +71,11 @@ class Arrivals:
                 if time.monotonic() >= deadline:
                     return []
                 self.changed.wait(min(self.walk_at, deadline) - time.monotonic())
-            if self.backlog:
-                self.ids.clear()  # the walk meets them too, and they have no right to go first
-            elif self.may_send():
+            if self.may_send() and not self.backlog:  # nothing goes before the backlog
                 ids, self.ids, self.sending = self.ids, [], True
                 return ids
             self.walk_at = math.inf  # until this walk has ended
+            self.overflowed = False
             return None
 
     def may_send(self) -> bool:
@@ -81,10 +83,11 @@ class Arrivals:
         meanwhile become one batch. If it is stuck, the walks find them."""
         return bool(self.ids) and not self.sending
 
-    def sent(self) -> None:
-        """Note that the ids of take() have been sent, or have failed and are left to a walk."""
+    def sent(self, full: bool) -> None:
+        """Note that the ids of take() are done with; full: some may be left, for a walk to find."""
         with self.changed:
             self.sending = False
+            self.backlog = self.backlog or full
             self.changed.notify()
 
     def walked(self, full: bool, seconds: float) -> None:
@@ -92,7 +95,7 @@ class Arrivals:
         among dead entries: the next ones cover less of the ring, and come less often."""
         with self.changed:
             now = time.monotonic()
-            self.backlog = full
+            self.backlog = full or self.overflowed  # the walk may not have seen those
             self.full_at = now if full else self.full_at
             pause = max(WALK_SECONDS, min(9 * seconds, MAX_WALK_PAUSE_SECONDS))
             if now - self.full_at < WALK_SECONDS:
@@ -195,10 +198,11 @@ class Publisher:
             if ids is None:
                 self.walk()
             elif ids:
+                full = True  # unless it ends well
                 try:
-                    self.send(ids)
+                    full = self.send(ids)
                 finally:
-                    arrivals.sent()
+                    arrivals.sent(full)
 
     def walk(self) -> None:
         """Send a batch of random pending tasks from the index."""
@@ -227,12 +231,10 @@ class Publisher:
         if not claimed:
             return False
         self.text_bytes = size / len(claimed)
-        self.dispatcher.room[self.number] -= len(claimed)
+        room = self.dispatcher.room[self.number] - len(claimed)
+        self.dispatcher.room[self.number] = max(0, room)
         log.info("dispatched %d tasks in %.3f s", len(claimed), time.monotonic() - began)
-        full = size >= BATCH_BYTES or (ids is None and len(claimed) > limit / 2)
-        if full and ids is not None:
-            self.dispatcher.arrivals.backlog = True
-        return full
+        return size >= BATCH_BYTES or (ids is None and len(claimed) > limit / 2)
 
     def publish(self, claimed: list[database.Claimed]) -> int:
         """Publish tasks and commit at the broker; return their bytes."""

@@ -3,8 +3,10 @@ ones, in small steps."""
 
 import functools
 import logging
+import math
 import threading
 import time
+from collections.abc import Callable
 
 import database
 import pool
@@ -29,24 +31,35 @@ class Housekeeper:
         self.stop = stop
         self.arrivals = arrivals
         self.rescue_at = time.monotonic() + GRACE_SECONDS
+        self.sweep_at = 0.0 if RETENTION_DAYS else math.inf
         self.page = 0  # of the table, where the next sweep begins
 
     def run(self) -> None:
         """Work in turns until stop is set: the body of a thread."""
-        backoff = process.Backoff(log, "housekeeping failed")
+        turns = process.Backoff(log, "housekeeping failed")
+        sweeps = process.Backoff(log, "old tasks are not deleted")
         while not self.stop.wait(TURN_SECONDS):
-            try:
-                self.turn()
-                backoff.succeeded()
-            except pool.Unavailable as error:
-                self.stop.wait(backoff.failed(error))
+            delay = self.attempt(self.turn, turns)
+            if delay:
                 self.rescue_at = time.monotonic() + GRACE_SECONDS
-            except Exception as error:  # the top of a loop: nothing else would release or rescue
-                log.exception("housekeeping failed")
-                self.stop.wait(backoff.failed(error))
+                self.stop.wait(delay)
+            elif time.monotonic() >= self.sweep_at:  # if it fails, nothing else waits for it
+                self.sweep_at = time.monotonic() + self.attempt(self.sweep, sweeps)
+
+    def attempt(self, work: Callable[[], None], backoff: process.Backoff) -> float:
+        """Do work; return the seconds to wait after a failure, 0 if it went well."""
+        try:
+            work()
+            backoff.succeeded()
+            return 0.0
+        except pool.Unavailable as error:
+            return backoff.failed(error)
+        except Exception as error:  # the top of a loop: nothing else would release or rescue
+            log.exception("housekeeping failed")
+            return backoff.failed(error)
 
     def turn(self) -> None:
-        """Do what is due, each in a transaction of its own."""
+        """Release and rescue what is due, each in a transaction of its own."""
         self.arrivals.add(self.connections.transaction(database.release_due))
         if time.monotonic() >= self.rescue_at:
             rescued = self.connections.transaction(database.rescue_lost)
@@ -56,6 +69,8 @@ class Housekeeper:
             # A full batch leaves others behind.
             full = len(rescued) == database.HOUSEKEEPING_ROWS
             self.rescue_at = time.monotonic() + (0 if full else RESCUE_SECONDS)
-        if RETENTION_DAYS:
-            work = functools.partial(database.sweep, page=self.page, days=RETENTION_DAYS)
-            self.page = self.connections.transaction(work)
+
+    def sweep(self) -> None:
+        """Delete old tasks in the next pages of the table."""
+        work = functools.partial(database.sweep, page=self.page, days=RETENTION_DAYS)
+        self.page = self.connections.transaction(work)

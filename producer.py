@@ -28,7 +28,9 @@ log = logging.getLogger("producer")
 
 HTTP_HOST = process.setting("HTTP_HOST", "127.0.0.1", str)
 HTTP_PORT = process.setting("HTTP_PORT", 8080, process.whole(0, 65535))
-HTTP_CONNECTIONS = process.setting("HTTP_CONNECTIONS", 512, process.whole(1, 10_000))
+HTTP_CONNECTIONS = process.setting(
+    "HTTP_CONNECTIONS", http_server.MAX_CONNECTIONS, process.whole(1, 10_000)
+)
 
 MAX_ELEMENTS = 10_000  # of an array in one call
 STALLED_SECONDS = 10

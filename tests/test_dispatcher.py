@@ -147,13 +147,31 @@ def test_arrivals_are_claimed_by_id_until_they_are_a_backlog() -> None:
     arrivals.add(["a"])
     arrivals.walked(full=False, seconds=0.01)
     assert arrivals.take() == ["a"]
-    arrivals.sent()
+    arrivals.add(["a2"])
+    assert not arrivals.may_send()  # until that batch is out
+    arrivals.sent(full=False)
+    assert arrivals.take() == ["a2"]
+    arrivals.sent(full=False)
     arrivals.add(["b"] * (dispatcher.BATCH + 1))
     assert arrivals.take() is None
     arrivals.walked(full=True, seconds=0.01)
     arrivals.add(["c"])
     assert arrivals.take() is None  # with a backlog, nothing goes before its turn
     arrivals.walked(full=False, seconds=0.01)
+    assert arrivals.take() == ["c"]
+    arrivals.sent(full=True)
+    assert arrivals.take() is None  # what failed is left to a walk
+
+
+@pytest.mark.pure
+def test_a_walk_does_not_end_a_backlog_that_came_after_it_began() -> None:
+    arrivals = dispatcher.Arrivals()
+    assert arrivals.take() is None
+    arrivals.add(["a"] * (dispatcher.BATCH + 1))  # the walk's snapshot is older
+    arrivals.walked(full=False, seconds=0.01)
+    assert arrivals.backlog and arrivals.take() is None
+    arrivals.walked(full=False, seconds=0.01)
+    assert not arrivals.backlog
 
 
 @pytest.mark.pure

@@ -3,6 +3,7 @@ nothing, or stuck."""
 
 import contextlib
 import pathlib
+import re
 import signal
 import socket
 import threading
@@ -187,12 +188,11 @@ def test_a_broker_whose_data_is_lost_costs_no_task(own: Stack, runs: pathlib.Pat
     assert own.runs(runs) == {str(index): 1 for index in range(100)}
 
 
-def test_what_is_held_through_an_outage_of_the_producer_is_not_rescued(
+def test_what_is_in_flight_through_an_outage_of_the_producer_is_not_rescued(
     stack: Stack, runs: pathlib.Path
 ) -> None:
     producer = stack.producer(SENT_TIMEOUT_SECONDS=6)
-    for _ in range(2):
-        stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=6))
+    consumers = [stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=6)) for _ in range(2)]
     ids = stack.create("sleep=12 long", "sleep=2 short")
     started(stack, runs, "sleep=12 long")
     started(stack, runs, "sleep=2 short")
@@ -202,9 +202,13 @@ def test_what_is_held_through_an_outage_of_the_producer_is_not_rescued(
     stack.producer(SENT_TIMEOUT_SECONDS=6)
     stack.wait_status(ids, "success")
     assert stack.runs(runs) == {"sleep=12 long": 1, "sleep=2 short": 1}
+    # Nobody was still waiting when the producer's grace of 6 seconds was over.
+    logs = "".join(consumer.log.read_text() for consumer in consumers)
+    delays = re.findall(r"reports wait for the producer, next try in ([\d.]+) s", logs)
+    assert delays and max(map(float, delays)) <= 6 / 4
 
 
-def test_a_task_that_was_held_and_lost_is_a_suspect(stack: Stack, runs: pathlib.Path) -> None:
+def test_a_task_that_was_in_flight_and_lost_is_a_suspect(stack: Stack, runs: pathlib.Path) -> None:
     """Its message is gone, and so is the broker's word that it was delivered: the row knows."""
     settings = {"SENT_TIMEOUT_SECONDS": 4}
     stack.producer(**settings)
@@ -721,7 +725,7 @@ def test_run_at_holds_a_task_back(stack: Stack, runs: pathlib.Path) -> None:
     assert 0 <= lag < 10
 
 
-def test_a_million_held_tasks_cost_the_pick_nothing(stack: Stack) -> None:
+def test_a_million_delayed_tasks_cost_the_pick_nothing(stack: Stack) -> None:
     stack.producer()
     stack.sql(
         "INSERT INTO tasks (text, delayed, run_at)"
@@ -780,3 +784,24 @@ def test_old_ended_tasks_are_deleted_and_others_kept(stack: Stack) -> None:
     until(lambda: sum(stack.counts().values()) == 2)
     assert stack.get(new)["taskStatus"] == "success"
     assert stack.get(pending)["taskStatus"] in ("pending", "sent")
+
+
+def test_a_sweep_that_fails_stops_neither_release_nor_rescue(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    settings = {"SENT_TIMEOUT_SECONDS": 4, "RETENTION_DAYS": 1}
+    stack.producer(**settings).stop()
+    stack.sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE 'this table is an archive'; END $$;"
+        "CREATE TRIGGER keep BEFORE DELETE ON tasks FOR EACH ROW EXECUTE FUNCTION refuse();"
+        "INSERT INTO tasks (text, status, delayed, run_at, sent_at, finished_at) VALUES"
+        " ('old', 'success', false, NULL, NULL, now() - interval '2 days'),"
+        " ('due', 'pending', true, now(), NULL, NULL),"
+        " ('lost', 'sent', false, NULL, now() - interval '1 hour', NULL)"
+    )
+    producer = stack.producer(**settings)
+    stack.consumer(**handler(runs, **settings))
+    stack.wait_ended(timeout=60)
+    assert stack.runs(runs) == {"due": 1, "lost": 1}
+    assert "old tasks are not deleted" in producer.log.read_text()
