@@ -1,12 +1,16 @@
-"""The consumer: takes tasks from RabbitMQ, has worker threads run them, reports success to the
+"""The consumer: takes tasks from RabbitMQ, has worker processes run them, reports success to the
 producer by REST and sends failures to the dead letters. A DLQ watcher runs in it as a thread.
 
 Run it with `python consumer.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
 
+import collections
 import logging
+import math
 import pathlib
+import sys
 import threading
 import time
+import uuid
 from typing import Any
 
 import pika
@@ -17,9 +21,8 @@ import dlq_watcher
 import process
 import reporter
 import task
-import worker_pool
-from in_flight import ACK, DEAD_LETTER, REQUEUE, Entry, InFlight
-from worker_pool import CONCURRENCY
+from in_flight import ACK, DEAD_LETTER, HELD, REQUEUE, STUCK_SECONDS, Entry, InFlight
+from worker_pool import CONCURRENCY, Pool
 
 log = logging.getLogger("consumer")
 
@@ -41,36 +44,67 @@ REPORT_TURN_SECONDS = 0.02
 
 
 class Subscription:
-    """One connection's deliveries and windows. Only the I/O thread calls it, other threads by
-    add_callback_threadsafe()."""
+    """One connection's deliveries and window. Only the I/O thread calls it, other threads by
+    add_callback_threadsafe().
+
+    The window is the sum of the consumer tags' prefetch counts: a tag's count cannot be changed.
+    To narrow it, tags are cancelled; their unsettled messages still count.
+    """
 
     def __init__(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
         self.connection = connection
         self.channel = channel
         self.arrived: list[Entry] = []
-        self.unsettled: dict[int, None] = {}  # delivery tags, ascending
-        self.consumer_tags: list[str] = []
-        self.window = 0
+        self.unsettled: dict[int, str] = {}  # delivery tags, ascending, with their consumer tags
+        self.counts: dict[str, int] = {}  # the prefetch counts of consumer tags
+        self.loads: collections.Counter[str] = collections.Counter()  # unsettled messages of tags
+        self.held: dict[int, str] = {}  # to be acked when the window is smaller
         broker.raise_when_cancelled(channel)
 
-    def widen(self, count: int) -> None:
-        """Let the broker send count more unsettled messages, by one more consumer tag."""
-        self.channel.basic_qos(prefetch_count=count)
-        self.consumer_tags.append(self.channel.basic_consume(broker.QUEUE, self.on_message))
-        self.window += count
-        log.debug("window is now %d", self.window)
+    def taken(self) -> int:
+        """Return how many messages may be unsettled, once those that rows hold are acked."""
+        held = sum(self.unsettled.get(tag) not in self.counts for tag in self.held)
+        left = sum(load for tag, load in self.loads.items() if tag not in self.counts)
+        return sum(self.counts.values()) + left - held
 
-    def narrow(self, count: int) -> None:
-        """Go back to the first consumer tag, of count messages. What comes meanwhile, pika sends
-        back as redelivered, so this is for a full window, or for when that does not matter."""
-        while len(self.consumer_tags) > 1:
-            self.channel.basic_cancel(self.consumer_tags.pop())
-        self.window = count
-        log.debug("window is now %d", self.window)
+    def resize(self, window: int) -> None:
+        """Let the broker send so many unsettled messages. Tags whose count is used up are cancelled
+        first: of another, a message may be on its way, which pika sends back as redelivered. For
+        held tasks, it takes effect at once, else when the messages of cancelled tags are settled.
+        """
+        held = collections.Counter(self.unsettled.get(tag) for tag in self.held)
+        order = lambda tag: (self.unused(tag), -held[tag], -self.counts[tag])  # noqa: E731
+        for tag in sorted(self.counts, key=order):
+            if (self.taken() if self.held else sum(self.counts.values())) <= window:
+                break
+            self.channel.basic_cancel(tag)
+            del self.counts[tag]
+        room = window - self.taken()
+        if room > 0:
+            self.channel.basic_qos(prefetch_count=room)
+            tag = self.channel.basic_consume(broker.QUEUE, self.on_message)
+            self.counts[tag] = room
+        log.debug("window is now %d", window)
+
+    def unused(self, tag: str) -> int:
+        """Return how many messages the broker may still send for a consumer tag."""
+        return self.counts[tag] - self.loads[tag]
+
+    def is_full(self) -> bool:
+        """Tell whether no message can be on its way."""
+        return not any(map(self.unused, self.counts))
+
+    def unload(self, tag: int) -> None:
+        """Forget a delivery."""
+        consumer_tag = self.unsettled.pop(tag)
+        self.loads[consumer_tag] -= 1
+        if not self.loads[consumer_tag]:
+            del self.loads[consumer_tag]
 
     def on_message(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """Take a delivery; what is not a task of ours goes to the dead letters."""
-        self.unsettled[method.delivery_tag] = None
+        self.unsettled[method.delivery_tag] = method.consumer_tag
+        self.loads[method.consumer_tag] += 1
         try:
             message = task.parse_message(body)
         except ValueError as error:
@@ -84,7 +118,11 @@ class Subscription:
         self.arrived.append(entry)
 
     def settle(self, verdicts: dict[int, str]) -> None:
-        """Ack, dead-letter or requeue deliveries, each run of equals at the front by one frame."""
+        """Ack, dead-letter or requeue deliveries, each run of equals at the front by one frame.
+        Those that the row holds come later."""
+        if HELD in verdicts.values():
+            self.held |= {tag: ACK for tag, verdict in verdicts.items() if verdict == HELD}
+            verdicts = {tag: verdict for tag, verdict in verdicts.items() if verdict != HELD}
         last = None
         for tag in list(self.unsettled):
             verdict = verdicts.get(tag)
@@ -93,13 +131,14 @@ class Subscription:
             if verdict is None:
                 break
             last = tag, verdict
-            del self.unsettled[tag], verdicts[tag]
+            self.unload(tag)
+            del verdicts[tag]
         else:
             if last is not None:
                 self.send(*last, multiple=True)
         for tag, verdict in verdicts.items():
             if tag in self.unsettled:
-                del self.unsettled[tag]
+                self.unload(tag)
                 self.send(tag, verdict, multiple=False)
 
     def send(self, tag: int, verdict: str, multiple: bool) -> None:
@@ -111,11 +150,14 @@ class Subscription:
 
 
 class Consumer:
-    """The broker's I/O thread: it alone touches the connection, and it never runs a task."""
+    """The broker's I/O thread: it alone touches the connection, and it never waits for a task."""
 
-    def __init__(self, stop: threading.Event, in_flight: InFlight) -> None:
+    def __init__(self, stop: threading.Event, in_flight: InFlight, pool: Pool) -> None:
         self.stop = stop
         self.in_flight = in_flight
+        self.pool = pool
+        self.width = PREFETCH or CONCURRENCY  # the window while no worker is busy with a held task
+        self.window = 0
         self.pace = 0.0  # seconds a task takes a worker, a moving average
         self.adjust_at = 0.0
         self.healthy_at = 0.0
@@ -124,12 +166,12 @@ class Consumer:
     def consume(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
         """Take deliveries over one connection until stop; raise when the broker takes it away."""
         subscription = Subscription(connection, channel)
+        self.window = 0
+        self.adjust(subscription)
         try:
-            subscription.widen(PREFETCH or CONCURRENCY)
             while not self.stop.is_set():
                 self.turn(subscription, process.TURN_SECONDS)
-            for consumer_tag in subscription.consumer_tags:
-                channel.basic_cancel(consumer_tag)
+            subscription.resize(0)
             while not self.is_over():
                 self.turn(subscription, REPORT_TURN_SECONDS)
             connection.process_data_events()  # the last acks; the broker returns the rest
@@ -149,42 +191,61 @@ class Consumer:
             self.in_flight.admit(subscription.arrived)
             subscription.arrived = []
         now = time.monotonic()
-        if now >= self.adjust_at and not self.stop.is_set():
+        if not self.stop.is_set() and (now >= self.adjust_at or subscription.held):
             self.adjust_at = now + ADJUST_SECONDS
-            if not PREFETCH:
-                self.adjust(subscription)
-            self.hand_back(subscription)
+            self.adjust(subscription)
+        if subscription.held:
+            held, subscription.held = subscription.held, {}
+            subscription.settle(held)
+        if not self.stop.is_set() and subscription.taken() < self.window:
+            subscription.resize(self.window)  # messages of cancelled tags are settled
         if HEALTH_FILE and now >= self.healthy_at:
             self.healthy_at = now + HEALTH_SECONDS
             HEALTH_FILE.touch()
 
     def adjust(self, subscription: Subscription) -> None:
-        """Keep about IN_FLIGHT_SECONDS of work in flight, moved only for a factor of two or more.
+        """Hand back what is stuck, and fit the window to the workers: those that are busy with a
+        task without a message need none, and without any worker nothing is taken."""
+        self.fit_width(subscription)
+        self.hand_back(subscription)
+        free = 0 if self.pool.is_broken() else CONCURRENCY - self.in_flight.held_count()
+        window = math.ceil(self.width * max(free, 0) / CONCURRENCY)
+        if window != self.window:
+            self.window = window
+            subscription.resize(window)
 
-        A wider window is one more consumer tag; a narrower one cancels the extra ones while the
-        window is full: then no message can be on its way, and none comes back as redelivered.
-        """
-        count, seconds, elapsed, size = self.in_flight.measure()
+    def fit_width(self, subscription: Subscription) -> None:
+        """Keep about IN_FLIGHT_SECONDS of work in flight, moved only for a factor of two or more,
+        and narrowed only while the window is full: then no message comes back as redelivered."""
+        count, seconds, size = self.in_flight.measure()
         if count:
             self.pace = (self.pace + seconds / count) / 2 if self.pace else seconds / count
+        full_since = self.pool.full_since
+        elapsed = 0.0 if full_since is None else time.monotonic() - full_since
         pace = max(self.pace, elapsed)
-        if pace:
+        if PREFETCH:
+            self.width = PREFETCH if elapsed < STUCK_SECONDS else min(self.width, PREFETCH)
+        elif pace:
             target = CONCURRENCY * IN_FLIGHT_SECONDS / pace
-            count = int(min(target, MAX_WINDOW, MAX_WINDOW_BYTES / max(size, 1)))
-            count = max(count, CONCURRENCY)
-            if count >= 2 * subscription.window:
-                subscription.widen(count - subscription.window)
-            elif (
-                2 * count <= subscription.window
-                and len(subscription.unsettled) >= subscription.window
-            ):
-                subscription.narrow(CONCURRENCY)
+            width = int(min(target, MAX_WINDOW, MAX_WINDOW_BYTES / max(size, 1)))
+            width = max(width, CONCURRENCY)
+            if width >= 2 * self.width:
+                self.width = width
+            elif 2 * width <= self.width and subscription.is_full():
+                self.width = CONCURRENCY
 
     def hand_back(self, subscription: Subscription) -> None:
-        """Return to the broker what waits behind long tasks: another consumer may be idle."""
-        if stuck := self.in_flight.take_stuck(CONCURRENCY, patient=PREFETCH > 0):
-            log.info("handed back %d tasks that waited behind long ones", len(stuck))
-            subscription.narrow(PREFETCH or CONCURRENCY)
+        """Return to the broker what waits behind long tasks: another consumer may be idle. A fixed
+        window is patient while any task is quicker."""
+        since, now = self.pool.full_since, time.monotonic()
+        if not self.pool.is_broken() and (
+            since is None or (PREFETCH and now - since < STUCK_SECONDS)
+        ):
+            return
+        if stuck := self.in_flight.take_stuck():
+            log.info("handed back %d tasks that waited for a worker", len(stuck))
+            self.width = min(self.width, CONCURRENCY)
+            subscription.resize(self.width if since else 0)
             tags = [tag for entry in stuck for _, tag in entry.deliveries]
             subscription.settle(dict.fromkeys(tags, REQUEUE))
 
@@ -192,26 +253,32 @@ class Consumer:
 def main() -> None:
     """Consume until SIGTERM or SIGINT; then finish and report what runs."""
     process.start_logging()
-    handler = worker_pool.load_handler()
     stop = threading.Event()
     process.stop_on_signals(stop)
-    in_flight = InFlight()
+    in_flight = InFlight(str(uuid.uuid4()))
+    pool = Pool(in_flight)
     watched = threading.Event()  # after the last failed task became a dead letter
     watcher = threading.Thread(
         target=dlq_watcher.Watcher(watched).run, name="dlq_watcher", daemon=True
     )
+    reports = reporter.Reporter(in_flight, CONCURRENCY)
+    workers = threading.Thread(target=pool.run, name="workers", daemon=True)
+    workers.start()
+    while not pool.started.wait(process.TURN_SECONDS) and not stop.is_set():
+        pass
+    if pool.refusal:
+        print(pool.refusal, file=sys.stderr)
+        sys.exit(2)
     watcher.start()
-    threading.Thread(
-        target=reporter.report_outcomes, args=(in_flight,), name="reporter", daemon=True
-    ).start()
-    worker_pool.start(in_flight, handler)
-    log.info("consuming with %d workers", CONCURRENCY)
-    consumer = Consumer(stop, in_flight)
+    threading.Thread(target=reports.run, name="reporter", daemon=True).start()
+    log.info("consuming with up to %d workers, as %s", CONCURRENCY, in_flight.consumer)
+    consumer = Consumer(stop, in_flight, pool)
     broker.keep_connected("consumer", stop, consumer.consume)
     while not consumer.is_over():  # the broker may have been away when the signal came
         time.sleep(REPORT_TURN_SECONDS)
     watched.set()
     watcher.join(max(0, consumer.deadline - time.monotonic()))
+    workers.join(max(0, consumer.deadline - time.monotonic()))
     log.info("stopped")
 
 

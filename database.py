@@ -1,5 +1,5 @@
-"""Every SQL statement on the table of tasks. Only the producer imports this, and every function
-runs inside the transaction of the cursor that it gets."""
+"""Every SQL statement on the table of tasks, those of leases.py aside. Only the producer imports
+this, and every function runs inside the transaction of the cursor that it gets."""
 
 import json
 import math
@@ -9,19 +9,25 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import process
+import rules
 import task
 
 ARCS = 16  # of a claim: enough that one batch is spread evenly, and no slower than one
 HOUSEKEEPING_ROWS = 5000
+LEASE_OF_A_MESSAGE = {"seconds": process.SENT_TIMEOUT_SECONDS, "nobody": task.NOBODY}
 SWEEP_PAGES = 128
 
-TASK_COLUMNS = "id, text, status, attempt, result, error, run_at, created_at, sent_at, finished_at"
+TASK_COLUMNS = """
+    id, text, status, attempt, result, error, timeout_seconds,
+    run_at, created_at, sent_at, finished_at
+"""
 
 INSERT_TASKS = f"""
-INSERT INTO tasks (id, text, run_at, delayed)
-SELECT id, text, run_at, coalesce(run_at > now(), false)
-FROM unnest(%(ids)s::uuid[], %(texts)s::text[], %(run_ats)s::timestamptz[])
-    AS new (id, text, run_at)
+INSERT INTO tasks (id, text, timeout_seconds, run_at, delayed)
+SELECT id, text, timeout, run_at, coalesce(run_at > now(), false)
+FROM unnest(
+    %(ids)s::uuid[], %(texts)s::text[], %(timeouts)s::float8[], %(run_ats)s::timestamptz[]
+) AS new (id, text, timeout, run_at)
 ORDER BY id
 ON CONFLICT (id) DO NOTHING
 RETURNING {TASK_COLUMNS}
@@ -36,7 +42,9 @@ SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[]
 # arrival order would deadlock two groups.
 LOCK_TASKS = """
 SELECT id, status, attempt, failures, starts, start_token, delayed,
-    extract(epoch FROM clock_timestamp() - greatest(sent_at, touched_at))::float8
+    (extract(epoch FROM sent_at) * 1000000)::bigint,
+    holder,
+    extract(epoch FROM lease_until - clock_timestamp())::float8
 FROM tasks
 WHERE id = ANY(%(ids)s::uuid[])
 ORDER BY id
@@ -54,16 +62,16 @@ SET status = new.status,
     result = CASE WHEN new.status = 'success' THEN new.result END,
     error = CASE WHEN new.status <> 'success' THEN coalesce(new.error, tasks.error) END,
     run_at = coalesce(now() + make_interval(secs => new.delay), tasks.run_at),
-    sent_at = CASE WHEN new.status <> 'pending' THEN tasks.sent_at END,
-    touched_at = CASE
-        WHEN new.attempt <> tasks.attempt THEN NULL
-        WHEN new.touched THEN now()
-        ELSE tasks.touched_at
+    sent_at = CASE
+        WHEN new.status = 'sent' THEN coalesce(tasks.sent_at, now())
+        WHEN new.status <> 'pending' THEN tasks.sent_at
     END,
+    holder = new.holder,
+    lease_until = CASE WHEN new.status = 'sent' THEN now() + make_interval(secs => new.lease) END,
     finished_at = CASE WHEN new.status IN ('success', 'error') THEN now() END
 FROM json_to_recordset(%(rows)s) AS new (
     id uuid, status task_status, attempt int, failures int, starts int, start_token text,
-    delayed bool, result text, error text, delay float8, touched bool
+    delayed bool, holder uuid, lease float8, result text, error text, delay float8
 )
 WHERE tasks.id = new.id
 """
@@ -80,10 +88,19 @@ measured AS (
     WINDOW in_turn AS (ORDER BY turn, id)
 )
 UPDATE tasks
-SET status = 'sent', sent_at = now()
+SET status = 'sent',
+    sent_at = now(),
+    holder = CASE WHEN holder IS NOT NULL THEN %(nobody)s::uuid END,
+    lease_until = now() + make_interval(secs => %(seconds)s)
 FROM measured
 WHERE tasks.id = measured.id AND position <= %(limit)s AND bytes_before < %(bytes)s
-RETURNING tasks.id, tasks.text, tasks.attempt, tasks.touched_at IS NOT NULL
+RETURNING
+    tasks.id,
+    tasks.text,
+    tasks.attempt,
+    (extract(epoch FROM sent_at) * 1000000)::bigint,
+    timeout_seconds,
+    holder IS NOT NULL OR starts > 0
 """
 
 # A sample of all that waits, in one trip: of each arc of the ring of picks the first rows upward.
@@ -130,34 +147,6 @@ WHERE id = ANY(ARRAY(
 RETURNING id
 """
 
-# The same attempt again: neither a failure nor a new run if a copy turns up after all.
-RESCUE_LOST_TASKS = """
-UPDATE tasks
-SET status = 'pending', sent_at = NULL
-WHERE id = ANY(ARRAY(
-    SELECT id FROM tasks
-    WHERE status = 'sent'
-        AND greatest(sent_at, touched_at) < now() - make_interval(secs => %(seconds)s)
-    LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
-))
-RETURNING id
-"""
-
-# Times of a clock that was ahead, of a server that failed over for instance: the rescue would wait
-# until they have passed.
-CUT_FUTURE_TASKS = """
-UPDATE tasks
-SET sent_at = least(sent_at, now()),
-    touched_at = CASE WHEN touched_at > now() THEN now() ELSE touched_at END
-WHERE id = ANY(ARRAY(
-    SELECT id FROM tasks
-    WHERE status = 'sent' AND greatest(sent_at, touched_at) > now()
-    LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
-))
-"""
-
 COUNT_PAGES = "SELECT pg_relation_size('tasks') / current_setting('block_size')::int"
 
 # By page: a sweep is never in a hurry, and an index on finished_at would cost every task.
@@ -176,25 +165,29 @@ SHOW_SYNCHRONOUS_STANDBYS = "SHOW synchronous_standby_names"
 
 
 class NewTask(NamedTuple):
-    """A task to insert; run_at in the future delays it."""
+    """A task to insert; a run may take `timeout` seconds; run_at in the future delays it."""
 
     id: str
     text: str
+    timeout: float | None
     run_at: datetime | None
 
 
 class Claimed(NamedTuple):
-    """A task that a claim has marked as sent. seen: a consumer has had this attempt before."""
+    """A task that a claim has marked as sent, with what goes into its message. suspect: somebody
+    has held or started this attempt before."""
 
     id: str
     text: str
     attempt: int
-    seen: bool
+    sent: int  # microseconds since 1970
+    timeout: float | None
+    suspect: bool
 
 
 def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
     """Return a row of TASK_COLUMNS as the JSON object of the API."""
-    task_id, text, status, attempt, result, error, *times = row
+    task_id, text, status, attempt, result, error, timeout, *times = row
     run_at, created_at, sent_at, finished_at = map(as_iso, times)
     return {
         "taskId": task_id,
@@ -203,6 +196,7 @@ def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
         "attempt": attempt,
         "result": result,
         "error": error,
+        "timeoutSeconds": timeout,
         "runAt": run_at,
         "createdAt": created_at,
         "sentAt": sent_at,
@@ -223,7 +217,8 @@ def select_tasks(cursor: Any, ids: list[str]) -> dict[str, dict[str, Any]]:
 
 def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict[str, Any]]:
     """Insert what is not there yet; return all of them by id, the older ones as they are."""
-    columns = dict(zip(("ids", "texts", "run_ats"), map(list, zip(*new, strict=True)), strict=True))
+    names = ("ids", "texts", "timeouts", "run_ats")
+    columns = dict(zip(names, map(list, zip(*new, strict=True)), strict=True))
     cursor.execute(INSERT_TASKS, columns)
     tasks = {row[0]: as_task(row) for row in cursor}
     missing = [id for id in columns["ids"] if id not in tasks]
@@ -232,17 +227,15 @@ def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict[str, Any
     return tasks
 
 
-def apply_reports(
-    cursor: Any, reports: list[task.Report]
-) -> tuple[list[task.Refusal | None], list[str]]:
+def apply_reports(cursor: Any, reports: list[task.Report]) -> tuple[list[rules.Verdict], list[str]]:
     """Lock the rows, judge every report in order, write what changed; return the verdicts, and the
     ids of the tasks that may be picked now."""
     cursor.execute(LOCK_TASKS, {"ids": list({report.id for report in reports})})
-    rows = {row[0]: task.Row(*row) for row in cursor}
+    rows = {row[0]: rules.Row(*row) for row in cursor}
     verdicts = [
-        task.judge(rows[report.id], report)
+        rules.judge(rows[report.id], report)
         if report.id in rows
-        else task.Refusal(404, f"no task has the id {report.id}")
+        else rules.Verdict(404, f"no task has the id {report.id}")
         for report in reports
     ]
     changed = [row for row in rows.values() if row.changed]
@@ -262,27 +255,20 @@ def claim_random_tasks(cursor: Any, limit: int, size: int, span: float = 1.0) ->
     beyond = max(lows) + span / arcs - 1  # the arc that crosses 1 goes on at 0
     bounds = {"first": first, "arcs": arcs, "lows": [*lows, 0.0], "highs": [*highs, beyond]}
     sizes = {"share": math.ceil(limit / arcs), "limit": limit, "bytes": size}
-    cursor.execute(CLAIM_RANDOM_TASKS, bounds | sizes)
+    cursor.execute(CLAIM_RANDOM_TASKS, bounds | sizes | LEASE_OF_A_MESSAGE)
     return [Claimed(*row) for row in cursor]
 
 
 def claim_tasks_by_id(cursor: Any, ids: list[str], size: int) -> list[Claimed]:
     """Mark those of these tasks that are pending as sent, at most size bytes."""
-    cursor.execute(CLAIM_TASKS_BY_ID, {"ids": ids, "limit": len(ids), "bytes": size})
+    sizes = {"ids": ids, "limit": len(ids), "bytes": size}
+    cursor.execute(CLAIM_TASKS_BY_ID, sizes | LEASE_OF_A_MESSAGE)
     return [Claimed(*row) for row in cursor]
 
 
 def release_due(cursor: Any) -> list[str]:
     """Let delayed tasks whose time has come be picked; return their ids."""
     cursor.execute(RELEASE_DUE_TASKS, {"limit": HOUSEKEEPING_ROWS})
-    return [task_id for (task_id,) in cursor]
-
-
-def rescue_lost(cursor: Any) -> list[str]:
-    """Return to pending what was sent and not touched for the whole time-out; return the ids."""
-    cursor.execute(CUT_FUTURE_TASKS, {"limit": HOUSEKEEPING_ROWS})
-    seconds = process.SENT_TIMEOUT_SECONDS
-    cursor.execute(RESCUE_LOST_TASKS, {"limit": HOUSEKEEPING_ROWS, "seconds": seconds})
     return [task_id for (task_id,) in cursor]
 
 

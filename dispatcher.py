@@ -238,10 +238,7 @@ class Publisher:
 
     def publish(self, claimed: list[database.Claimed]) -> int:
         """Publish tasks and commit at the broker; return their bytes."""
-        messages = [
-            (each.id, task.Message(each.id, each.text, each.attempt).as_body(), each.seen)
-            for each in claimed
-        ]
+        messages = [(each.id, task.Message(*each[:-1]).as_body(), each.suspect) for each in claimed]
         broker.publish(self.connection, self.channel, messages, EXPIRATION_MS)
         self.channel.tx_commit()
         self.connection.process_data_events()  # only here does pika report what came back

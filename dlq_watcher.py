@@ -34,7 +34,7 @@ def report_of(properties: pika.BasicProperties, body: bytes) -> task.Report | No
         reason = str(properties.headers["x-death"][0]["reason"])
     except (KeyError, TypeError, IndexError):  # put there by somebody else than the broker
         reason = "rejected"
-    return task.Report(message.id, "error", message.attempt, reason=reason)
+    return task.Report(message.id, "error", message.attempt, reason=reason, sent=message.sent)
 
 
 class Watcher:
@@ -81,7 +81,7 @@ class Watcher:
         letters = self.letters[:]
         reports = [report for _, report in letters if report is not None]
         if reports:
-            for index, reason in self.client.put(reports).items():
+            for index, reason in self.client.put(reports).refused.items():
                 log.info("dead letter of %s is void: %s", reports[index].id, reason)
             log.info("reported %d dead letters", len(reports))
         return len(letters)

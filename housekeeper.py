@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import database
+import leases
 import pool
 import process
 from dispatcher import Arrivals
@@ -17,10 +18,13 @@ log = logging.getLogger("housekeeper")
 
 RETENTION_DAYS = process.setting("RETENTION_DAYS", 0, process.whole(0, 36500))
 TURN_SECONDS = 0.5
-RESCUE_SECONDS = process.SENT_TIMEOUT_SECONDS / 20  # between two looks for lost tasks
-# No rescue for so long after a start or an outage of the database: the consumers could not touch
-# what they have in flight meanwhile, and do so within their back-off and time-outs.
-GRACE_SECONDS = min(process.SENT_TIMEOUT_SECONDS, 60)
+# Between two looks for lost tasks.
+RESCUE_SECONDS = min(process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS) / 20
+# No rescue for so long after a start or an outage, of the database, the consumers' way to here, or
+# a clock: the consumers could not renew their leases meanwhile, and do so within their back-off.
+GRACE_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS / 2)
+LATE_SECONDS = 5  # a turn that came so late was frozen; a clock that differs by so much was set
+FORGET_SECONDS = 600  # between two looks for consumers that are gone for good
 
 
 class Housekeeper:
@@ -31,6 +35,8 @@ class Housekeeper:
         self.stop = stop
         self.arrivals = arrivals
         self.rescue_at = time.monotonic() + GRACE_SECONDS
+        self.forget_at = 0.0
+        self.clocks = time.monotonic(), 0.0  # when the last turn began; the database's time then
         self.sweep_at = 0.0 if RETENTION_DAYS else math.inf
         self.page = 0  # of the table, where the next sweep begins
 
@@ -41,7 +47,7 @@ class Housekeeper:
         while not self.stop.wait(TURN_SECONDS):
             delay = self.attempt(self.turn, turns)
             if delay:
-                self.rescue_at = time.monotonic() + GRACE_SECONDS
+                self.postpone_rescue()
                 self.stop.wait(delay)
             elif time.monotonic() >= self.sweep_at:  # if it fails, nothing else waits for it
                 self.sweep_at = time.monotonic() + self.attempt(self.sweep, sweeps)
@@ -60,15 +66,36 @@ class Housekeeper:
 
     def turn(self) -> None:
         """Release and rescue what is due, each in a transaction of its own."""
+        as_of = self.read_clocks()
         self.arrivals.add(self.connections.transaction(database.release_due))
+        if time.monotonic() >= self.forget_at:
+            self.forget_at = time.monotonic() + FORGET_SECONDS
+            self.connections.transaction(leases.forget_consumers)
         if time.monotonic() >= self.rescue_at:
-            rescued = self.connections.transaction(database.rescue_lost)
+            work = functools.partial(leases.rescue_lost, as_of=as_of)
+            rescued = self.connections.transaction(work)
             if rescued:
                 log.warning("rescued %d tasks that were sent and lost", len(rescued))
             self.arrivals.add(rescued)
             # A full batch leaves others behind.
             full = len(rescued) == database.HOUSEKEEPING_ROWS
             self.rescue_at = time.monotonic() + (0 if full else RESCUE_SECONDS)
+
+    def read_clocks(self) -> float:
+        """Return the database's time at the last turn; put the rescue off if a clock has jumped or
+        stood still since, or no consumer has been heard of."""
+        now, silence = self.connections.statement(leases.read_clock)
+        (before, now_before), self.clocks = self.clocks, (time.monotonic(), now)
+        elapsed = self.clocks[0] - before
+        late = elapsed > TURN_SECONDS + LATE_SECONDS
+        jumped = abs(now - now_before - elapsed) > LATE_SECONDS
+        if late or jumped or silence > GRACE_SECONDS:
+            self.postpone_rescue()
+        return now_before
+
+    def postpone_rescue(self) -> None:
+        """Give the consumers time to renew their leases."""
+        self.rescue_at = max(self.rescue_at, time.monotonic() + GRACE_SECONDS)
 
     def sweep(self) -> None:
         """Delete old tasks in the next pages of the table."""

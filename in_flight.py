@@ -1,5 +1,5 @@
 """What a consumer has in flight: each task from its delivery to the end of its report. Here the
-broker's I/O thread, the workers and the reporter meet."""
+broker's I/O thread, the pool's thread and the reporter meet."""
 
 import collections
 import dataclasses
@@ -9,141 +9,228 @@ import logging
 import threading
 import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pika.exceptions
 
-import process
 from task import ENDED, Message, Report
 
 log = logging.getLogger("in_flight")
 
 REPORT_SECONDS = 0.05  # between two reports while there is more to do
-TOUCH_SECONDS = process.SENT_TIMEOUT_SECONDS / 4
 STUCK_SECONDS = 2  # unstarted for so long behind a busy worker: somebody else may be idle
-URGENT_SECONDS = 5  # so long a suspect may wait for a quiet moment where it is not handed back
+CURRENT_SECONDS = 1.0  # a message that has waited for longer may have been cancelled
+NAMED_SECONDS = 2  # in flight for so long: the heartbeat names it
+RESERVED_SECONDS = 0.25  # an idle worker waits for the answer about a suspect
 MAX_GROUP = 1000  # reports in one PUT
 MAX_GROUP_BYTES = 1024 * 1024
-MAX_HANDED_BACK = 10_000  # remembered; forgotten all at once, which costs one more hand-back
 ACK, DEAD_LETTER, REQUEUE = "ack", "dead-letter", "requeue"
+HELD = "held"  # to be acked when the window is smaller: the row holds the task
+
+WAITING, ASKING, ALLOWED, FED, DONE = "waiting", "asking", "allowed", "fed", "done"
+
+
+class Answer(NamedTuple):
+    """The producer's answer to a group: why some were refused, and which of the tasks that may
+    start must be the only one of their kind here, by index."""
+
+    refused: dict[int, str]
+    alone: set[int]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Entry:
-    """A task in flight; copies of the same attempt share one, so that it runs once in a process."""
+    """A task in flight; copies of the same attempt share one, so that it runs once in a process.
+    Times are of time.monotonic()."""
 
     message: Message
     size: int  # of the message, in bytes
-    suspect: bool = False  # delivered before: its last worker died with it, or its ack was lost
-    urgent: bool = False  # a suspect that was handed back once and must not be again
+    suspect: bool = False  # its last worker died with it, or somebody has had its message before
     deliveries: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
-    since: float = dataclasses.field(default_factory=time.monotonic)  # taken, then: started
-    token: str = ""  # of a suspect's start; the same start asked twice counts once
-    allowed: bool | None = None  # the producer's answer whether it may start
+    since: float = dataclasses.field(default_factory=time.monotonic)
+    state: str = WAITING
+    current_until: float = 0.0  # afterwards the producer is asked before it starts
+    asked_at: float = 0.0
+    token: str = ""  # of a suspect's start; the same start asked for twice counts once
+    cause: str = ""  # of the death of its last worker here
+    started: float = 0.0  # 0: it has not begun
+    held: bool = False  # by the row: the message is acked
+    stopped: bool = False  # cancelled, or somebody else has it
     key: tuple[str, int] = ("", 0)  # what copies of the same attempt have in common
 
     def __post_init__(self) -> None:
         self.key = self.message.id, self.message.attempt
 
-    def is_urgent(self, now: float) -> bool:
-        """Tell whether a suspect has waited long enough to go before the tasks beside it."""
-        return self.urgent or now - self.since > URGENT_SECONDS
+    def join(self, copy: "Entry") -> None:
+        """Take over the delivery of a copy; the older message of the two is superfluous."""
+        ours, other = self.message.sent or 0, copy.message.sent or 0
+        old = self if ours < other else copy
+        if ours != other:
+            settle([(old, ACK)])
+            old.deliveries = []
+        if ours < other:
+            self.message = copy.message
+        self.deliveries += copy.deliveries
+        if self.held:
+            settle([(self, HELD)])
+
+    def report(self, **fields: Any) -> Report:
+        """Return a report of this attempt by this message."""
+        return Report(
+            self.message.id, attempt=self.message.attempt, sent=self.message.sent, **fields
+        )
 
 
 class InFlight:
-    """The entries of this process: fresh or suspect, then running, then done, then settled."""
+    """The entries of this process. An entry waits, is asked about if need be, is fed to a worker,
+    done, and settled when its report is accepted."""
 
-    def __init__(self) -> None:
+    def __init__(self, consumer: str) -> None:
+        self.consumer = consumer  # a UUID
         self.lock = threading.Lock()
-        self.work = threading.Condition(self.lock)  # workers wait here
         self.reports = threading.Condition(self.lock)  # the reporter waits here
+        self.wake: Callable[[], None] = lambda: None  # lets the pool look for work
         self.entries: dict[tuple[str, int], Entry] = {}
         self.fresh: collections.deque[Entry] = collections.deque()
         self.suspects: collections.deque[Entry] = collections.deque()
-        self.running: set[Entry] = set()
-        self.alone = False  # a suspect is running: nothing may start beside it
-        self.starting: Entry | None = None  # a suspect whose start waits for the producer's answer
-        self.handed_back: set[tuple[str, int]] = set()  # suspects
+        self.asking: dict[Entry, None] = {}
+        self.allowed: collections.deque[Entry] = collections.deque()  # suspects that may start
         self.done: collections.deque[tuple[Entry, Report]] = collections.deque()
+        self.to_stop: list[Entry] = []  # which a worker has
+        self.alone: Entry | None = None  # two of its workers have died with it
+        self.skew: float | None = None  # seconds that the database's clock is ahead of ours
         self.stopping = False
         self.finished, self.busy_seconds = 0, 0.0  # since the window was last adjusted
 
     def admit(self, entries: list[Entry]) -> None:
         """Take deliveries in; a copy of what is in flight already joins it."""
         with self.lock:
+            now = time.monotonic()
             for entry in entries:
                 known = self.entries.setdefault(entry.key, entry)
                 if known is not entry:
-                    known.deliveries += entry.deliveries
+                    known.join(entry)
                 elif entry.suspect:
-                    entry.urgent = entry.key in self.handed_back
                     self.suspects.append(entry)
                 else:
+                    entry.current_until = self.current_until(entry.message, now)
                     self.fresh.append(entry)
-            self.work.notify(len(entries))
+        self.wake()
 
-    def take(self) -> Entry | None:
-        """Wait for a task to start and return it; None when stopping."""
-        with self.lock:
-            while not self.stopping:
-                entry = self.next()
-                if entry is not None:
-                    entry.since = time.monotonic()
-                    self.running.add(entry)
-                    self.alone = entry.suspect
-                    return entry
-                self.work.wait(STUCK_SECONDS)
-            return None
+    def current_until(self, message: Message, now: float) -> float:
+        """Return when a message will have waited for CURRENT_SECONDS, by the database's clock."""
+        if self.skew is None or message.sent is None:
+            return 0.0
+        age = time.time() + self.skew - message.sent / 1e6
+        return now + CURRENT_SECONDS - age if age > -CURRENT_SECONDS else 0.0
 
-    def next(self) -> Entry | None:
-        """Return what may start now: a suspect only alone, and then nothing beside it.
+    def take(self, idle: int, room: int) -> list[Entry]:
+        """Return what may be fed now: to `idle` workers, and of fresh tasks up to `room` lines.
 
-        Fresh tasks wait for a suspect's turn only while that can come soon; behind a long task the
-        suspect goes back to the broker, and they go on. Back a second time, or after a long wait,
-        it has its turn next.
+        A suspect is asked about when a worker is idle for it, and is never fed behind another task.
+        The worker waits only a moment for the answer: then fresh tasks go on.
         """
-        if self.alone:
-            return None
-        if self.suspects and not self.running:
-            return self.suspects.popleft()
-        now = time.monotonic()
-        soon = all(now - entry.since < STUCK_SECONDS for entry in self.running)
-        if self.suspects and (soon or any(entry.is_urgent(now) for entry in self.suspects)):
-            return None
-        return self.fresh.popleft() if self.fresh else None
-
-    def may_start(self, entry: Entry) -> bool:
-        """Ask the producer, through the reporter, whether a suspect may run, and wait."""
         with self.lock:
+            now = time.monotonic()
+            taken: list[Entry] = []
+            if self.stopping:
+                return taken
+            while self.allowed and len(taken) < idle:
+                taken.append(self.allowed.popleft())
+            idle, room = idle - len(taken), room - len(taken)
+            for entry in self.asking:
+                if not entry.suspect or now - entry.asked_at < RESERVED_SECONDS:
+                    idle, room = idle - entry.suspect, room - 1
+            while self.suspects and idle > 0:
+                self.ask(self.suspects.popleft(), now)
+                idle, room = idle - 1, room - 1
+            while self.fresh and room > 0:
+                entry = self.fresh.popleft()
+                if entry.current_until < now:
+                    self.ask(entry, now)
+                else:
+                    taken.append(entry)
+                room -= 1
+            for entry in taken:
+                entry.state = FED
+            return taken
+
+    def ask(self, entry: Entry, now: float) -> None:
+        """Have the reporter ask whether a task may start. The lock is held."""
+        entry.state, entry.asked_at = ASKING, now
+        if entry.suspect and not entry.token:
             entry.token = uuid.uuid4().hex
-            self.starting = entry
-            self.reports.notify()
-            while entry.allowed is None and not self.stopping:
-                self.work.wait(STUCK_SECONDS)
-            self.starting = None
-            entry.since = time.monotonic()
-            if not entry.allowed:  # not ours to run: settled by the reporter, or left to the broker
-                self.running.discard(entry)
-                self.alone = False
-                self.work.notify_all()
-            return bool(entry.allowed)
+        self.asking[entry] = None
+        self.reports.notify()
 
-    def finish(self, entry: Entry, report: Report) -> None:
-        """Take a task's outcome for the reporter, at once if nothing waits behind it."""
+    def waiting(self) -> tuple[int, bool]:
+        """Return how many tasks wait for a worker, and whether a suspect is among them."""
+        suspects = len(self.suspects) + len(self.allowed)
+        return len(self.fresh) + len(self.asking) + suspects, suspects > 0
+
+    def finish(self, ended: list[tuple[Entry, Report]], seconds: float) -> None:
+        """Take outcomes for the reporter, at once if nothing waits behind them; a worker was busy
+        with them for so many seconds."""
         with self.lock:
-            self.running.discard(entry)
-            self.finished += 1
-            self.busy_seconds += time.monotonic() - entry.since
-            self.done.append((entry, report))
-            if len(self.done) == 1 or not self.fresh:
+            for entry, _ in ended:
+                entry.state = DONE
+                self.leave(entry)
+            self.done += ended
+            self.finished += len(ended)
+            self.busy_seconds += seconds
+            if len(self.done) == len(ended) or not self.fresh:
                 self.reports.notify()
-            if entry.suspect:
-                self.alone = False
-            if entry.suspect or self.suspects:
-                self.work.notify_all()
 
-    def collect(self, last: float, touch_at: float) -> list[tuple[Entry, Report]]:
-        """Wait until something is to be reported and return it: outcomes, a start, or touches.
+    def leave(self, entry: Entry) -> None:
+        """Free the turn to run alone. The lock is held."""
+        if entry is self.alone:
+            self.alone = None
+
+    def give_back(self, entries: list[Entry]) -> None:
+        """Take tasks back that a worker was fed and has not begun, in their order."""
+        with self.lock:
+            for entry in reversed(entries):
+                entry.state, entry.started = WAITING, 0.0
+                if entry.stopped or not (entry.held or entry.deliveries):
+                    self.drop([(entry, ACK)])
+                elif entry.held and self.stopping:
+                    self.release(entry)
+                elif entry.held:
+                    entry.state = ALLOWED
+                    self.allowed.appendleft(entry)
+                else:
+                    self.fresh.appendleft(entry)
+
+    def died(self, entry: Entry, cause: str) -> None:
+        """Take a task whose worker ended with it, by itself or because it was told to stop."""
+        with self.lock:
+            self.leave(entry)
+            if entry.stopped:
+                self.drop([(entry, ACK)])
+            elif self.stopping:
+                self.release(entry)
+            else:
+                entry.suspect, entry.cause, entry.token = True, cause, ""
+                entry.state, entry.started, entry.since = WAITING, 0.0, time.monotonic()
+                self.suspects.append(entry)
+
+    def release(self, entry: Entry) -> None:
+        """Give a task back to the table, its start uncounted. The lock is held."""
+        entry.state = DONE
+        self.done.append((entry, entry.report(release=0.0, started=entry.token or None)))
+        self.reports.notify()
+
+    def drop(self, verdicts: list[tuple[Entry, str]]) -> None:
+        """Settle what is over. The lock is held."""
+        for entry, _ in verdicts:
+            self.entries.pop(entry.key, None)
+            self.leave(entry)
+        settle(verdicts)
+
+    def collect(self, last: float, beat_at: float) -> list[tuple[Entry, Report]]:
+        """Wait until something is to be reported and return it, outcomes and asks; nothing when a
+        heartbeat is due.
 
         Outcomes go out when nothing fresh waits or REPORT_SECONDS after the last report: one at a
         time when tasks are slow, hundreds together when they are fast.
@@ -152,82 +239,141 @@ class InFlight:
             while True:
                 now = time.monotonic()
                 report_at = last + REPORT_SECONDS if self.fresh and not self.stopping else now
-                if now >= touch_at:
-                    return [(entry, self.touch(entry)) for entry in self.entries.values()]
-                if self.starting or (self.done and now >= report_at):
-                    break
-                self.reports.wait((min(report_at, touch_at) if self.done else touch_at) - now)
-            group: list[tuple[Entry, Report]] = []
-            size = 0
-            for entry, report in itertools.islice(self.done, MAX_GROUP):
-                size += len(report.result or "") + len(report.error or "")
-                if group and size > MAX_GROUP_BYTES:
-                    break
-                if report.status is None and not entry.deliveries:
-                    report.status = "error"  # the broker let its message expire meanwhile
-                group.append((entry, report))
-            if self.starting:
-                group.append((self.starting, self.touch(self.starting)))
-            return group
+                if now >= beat_at:
+                    return []
+                if self.asking or (self.done and now >= report_at):
+                    return [*self.outcomes(), *self.asks()]
+                self.reports.wait((min(report_at, beat_at) if self.done else beat_at) - now)
 
-    def touch(self, entry: Entry) -> Report:
-        """Return the report that keeps a task from being rescued; for a start, that asks for it."""
-        report = Report(entry.message.id, attempt=entry.message.attempt)
-        report.started = entry.token if entry is self.starting else None
-        return report
+    def outcomes(self) -> list[tuple[Entry, Report]]:
+        """Return the first outcomes, as they are to be reported now. The lock is held."""
+        group: list[tuple[Entry, Report]] = []
+        size = 0
+        for entry, report in itertools.islice(self.done, MAX_GROUP):
+            size += len(report.result or "") + len(report.error or "")
+            if group and size > MAX_GROUP_BYTES:
+                break
+            if report.status != "success":
+                report.holder = self.consumer
+                if report.release is None:
+                    # A failure goes by its dead letter, if there is a message to make it of.
+                    by_letter = entry.deliveries and not entry.held
+                    report.status = None if by_letter else "error"
+            group.append((entry, report))
+        return group
 
-    def accept(self, group: list[tuple[Entry, Report]], refusals: dict[int, str]) -> None:
-        """Act on the producer's answer to a group: allow starts, and settle what is over.
+    def asks(self) -> list[tuple[Entry, Report]]:
+        """Return what asks whether tasks may start. The lock is held."""
+        group: list[tuple[Entry, Report]] = []
+        alone = self.alone is None  # the turn is free; one suspect of a group may get it
+        for entry in itertools.islice(self.asking, MAX_GROUP):
+            report = entry.report(holder=self.consumer)
+            if entry.suspect:
+                report.started, report.error, report.alone = entry.token, entry.cause or None, alone
+                alone = False
+            group.append((entry, report))
+        return group
+
+    def accept(self, group: list[tuple[Entry, Report]], answer: Answer) -> None:
+        """Act on the producer's answer to a group: let tasks start, and settle what is over.
 
         A failure's text is reported without a status first; then its message becomes a dead letter,
         and the watcher reports the error. If this process dies between, the row has the text.
         """
         verdicts: list[tuple[Entry, str]] = []
         with self.lock:
+            checked: list[Entry] = []
             for index, (entry, report) in enumerate(group):
-                refused = index in refusals
+                refused = index in answer.refused
                 if self.done and self.done[0][1] is report:
                     self.done.popleft()
-                    over = refused or report.status in ENDED
-                    verdicts.append((entry, ACK if over else DEAD_LETTER))
-                elif entry is self.starting:
-                    entry.allowed = not refused
-                    self.starting = None
-                    self.work.notify_all()
-                    if refused:
+                    is_over = refused or report.release is not None or report.status in ENDED
+                    verdicts.append((entry, ACK if is_over else DEAD_LETTER))
+                elif entry in self.asking:
+                    if refused and report.sent != entry.message.sent:
+                        continue  # a newer copy came meanwhile: ask about that
+                    del self.asking[entry]
+                    if refused or (report.started is None and not entry.deliveries):
                         verdicts.append((entry, ACK))
-                elif refused and self.withdraw(entry):
-                    verdicts.append((entry, ACK))
-            for entry, _ in verdicts:
-                self.entries.pop(entry.key, None)
-            settle(verdicts)  # before is_quiet() can be true, and the connection be closed
+                    elif report.started is None:
+                        checked.append(entry)
+                    else:
+                        self.allow(entry, index in answer.alone)
+            for entry in reversed(checked):
+                entry.state = WAITING
+                entry.current_until = time.monotonic() + CURRENT_SECONDS
+                self.fresh.appendleft(entry)
+            self.drop(verdicts)  # before is_quiet() can be true, and the connection be closed
+        self.wake()
+
+    def allow(self, entry: Entry, alone: bool) -> None:
+        """Let a suspect start: its row holds it from now on. The lock is held."""
+        entry.state, entry.held = ALLOWED, True
+        settle([(entry, HELD)])
+        if self.stopping:
+            self.release(entry)
+            return
+        self.allowed.append(entry)
+        if alone:
+            self.alone = entry
+
+    def named(self) -> list[dict[str, Any]]:
+        """Return what the heartbeat says is in flight."""
+        with self.lock:
+            now = time.monotonic()
+            return [
+                {
+                    "taskId": entry.message.id,
+                    "attempt": entry.message.attempt,
+                    "seconds": round(now - (entry.started or entry.since), 3),
+                    "state": "running" if entry.state == FED and entry.started else entry.state,
+                }
+                for entry in self.entries.values()
+                if entry.held or now - entry.since > NAMED_SECONDS
+            ]
+
+    def heard(self, answer: dict[str, Any], skew: float) -> None:
+        """Act on the answer to a heartbeat: ack what the row holds, stop what is not ours."""
+        with self.lock:
+            self.skew = skew
+            for named in answer["held"]:
+                entry = self.entries.get((named["taskId"], named["attempt"]))
+                if entry is not None and entry.state == FED and not entry.held:
+                    entry.held = True
+                    settle([(entry, HELD)])
+            for named in answer["stop"]:
+                entry = self.entries.get((named["taskId"], named["attempt"]))
+                if entry is not None and not entry.stopped:
+                    log.info("task %s is not ours to run any more", entry.message.id)
+                    entry.stopped = True
+                    if entry.state == FED:
+                        self.to_stop.append(entry)
+                    elif self.withdraw(entry):
+                        self.drop([(entry, ACK)])
+        self.wake()
+
+    def take_stops(self) -> list[Entry]:
+        """Return, once, what a worker has and is not to run."""
+        with self.lock:
+            stops, self.to_stop = self.to_stop, []
+            return [entry for entry in stops if entry.state == FED]
 
     def withdraw(self, entry: Entry) -> bool:
-        """Take a task back that has not started; say whether that was so. The lock is held."""
-        for waiting in (self.fresh, self.suspects):
+        """Take a task back that no worker has; say whether that was so. The lock is held."""
+        for waiting in (self.fresh, self.suspects, self.allowed):
             if entry in waiting:
                 waiting.remove(entry)
                 return True
         return False
 
-    def take_stuck(self, workers: int, patient: bool) -> list[Entry]:
-        """Take back what waits too long while no worker is free for it, but for urgent suspects.
-        If patient, take nothing while any running task is younger than that."""
+    def take_stuck(self) -> list[Entry]:
+        """Take back what waits too long for a worker: another consumer may have an idle one."""
         limit = time.monotonic() - STUCK_SECONDS
         with self.lock:
-            if len(self.running) < workers and not self.suspects and not self.alone:
-                return []
-            if patient and any(entry.since >= limit for entry in self.running):
-                return []
-            waiting = (*self.suspects, *self.fresh)
-            stuck = [entry for entry in waiting if entry.since < limit and not entry.urgent]
-            if len(self.handed_back) > MAX_HANDED_BACK:
-                self.handed_back.clear()
+            stuck = [each for each in (*self.suspects, *self.fresh) if each.since < limit]
             for entry in stuck:
                 self.withdraw(entry)
                 del self.entries[entry.key]
-                if entry.suspect:
-                    self.handed_back.add(entry.key)
             return stuck
 
     def forget(self, subscription: Any) -> None:
@@ -236,31 +382,38 @@ class InFlight:
             for key, entry in list(self.entries.items()):
                 kept = [each for each in entry.deliveries if each[0] is not subscription]
                 entry.deliveries = kept
-                if not kept and self.withdraw(entry):
+                if not kept and not entry.held and self.withdraw(entry):
                     del self.entries[key]
 
-    def measure(self) -> tuple[int, float, float, float]:
-        """Return tasks finished since the last call, their seconds, the least elapsed seconds of
-        a full set of running ones, and the mean bytes of a task in flight."""
+    def held_count(self) -> int:
+        """Return how many workers are busy, or soon to be, with tasks that have no message."""
+        with self.lock:
+            entries = self.entries.values()
+            return sum(entry.held and entry.state in (ALLOWED, FED) for entry in entries)
+
+    def measure(self) -> tuple[int, float, float]:
+        """Return tasks finished since the last call, their seconds, and the mean bytes of a task
+        in flight."""
         with self.lock:
             count, seconds = self.finished, self.busy_seconds
             self.finished, self.busy_seconds = 0, 0.0
-            now = time.monotonic()
-            elapsed = min((now - entry.since for entry in self.running), default=0.0)
             size = sum(entry.size for entry in self.entries.values()) / max(len(self.entries), 1)
-            return count, seconds, elapsed, size
+            return count, seconds, size
 
     def stop(self) -> None:
-        """Let no worker start another task."""
+        """Let no task start any more; give back to the table what was allowed to."""
         with self.lock:
             self.stopping = True
-            self.work.notify_all()
+            while self.allowed:
+                self.release(self.allowed.popleft())
             self.reports.notify()
+        self.wake()
 
     def is_quiet(self) -> bool:
-        """Tell whether nothing runs and nothing waits to be reported."""
+        """Tell whether nothing runs, and nothing waits for an answer."""
         with self.lock:
-            return not self.running and not self.done
+            fed = any(entry.state == FED for entry in self.entries.values())
+            return not (fed or self.done or self.asking)
 
 
 def settle(verdicts: list[tuple[Entry, str]]) -> None:
@@ -270,6 +423,8 @@ def settle(verdicts: list[tuple[Entry, str]]) -> None:
     for entry, verdict in verdicts:
         for subscription, tag in entry.deliveries:
             tags_of.setdefault(subscription, {})[tag] = verdict
+        if verdict == HELD:
+            entry.deliveries = []
     for subscription, tags in tags_of.items():
         try:
             call = functools.partial(subscription.settle, tags)

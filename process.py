@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 
 TURN_SECONDS = 0.25  # how long a loop may take to notice that it is to stop
-STOP_SECONDS = 50  # for what runs to end after SIGTERM; Compose kills at 60
+VERSION = "1.2.0"
 FIRST_DELAY_SECONDS = 0.25
 LAST_DELAY_SECONDS = 15
 REPEAT_LOG_SECONDS = 60  # an outage is logged when it begins and then so often
@@ -62,10 +62,15 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 API_TOKEN = setting("API_TOKEN", "", str)
 LOG_LEVEL = setting("LOG_LEVEL", "INFO", str.upper)
-# A message waits at most half of this, and a consumer touches the row of each task in flight every
-# quarter. So a row that nobody has touched for all of it has neither a message nor a consumer.
+# For what runs to end after SIGTERM; Compose kills ten seconds later.
+STOP_SECONDS = setting("STOP_SECONDS", 50.0, number(1, 10**6))
+# A message waits at most half of this, and a task is held by its row after a quarter. So a row that
+# was sent so long ago, and that nobody holds, has neither a message nor a consumer.
 # Half of it, in milliseconds, must fit the 32 bits of a message's expiration.
 SENT_TIMEOUT_SECONDS = setting("SENT_TIMEOUT_SECONDS", 3600.0, number(1, 8 * 10**6))
+# A consumer holds the row of a long task for so long, and renews that by its heartbeat.
+LEASE_SECONDS = setting("LEASE_SECONDS", 120.0, number(1, 8 * 10**6))
+HEARTBEAT_SECONDS = min(5, SENT_TIMEOUT_SECONDS / 8, LEASE_SECONDS / 8)
 
 
 def printable(value: object) -> str:

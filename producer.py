@@ -16,8 +16,10 @@ import bottle
 import api
 import database
 import http_server
+import leases
 import pool
 import process
+import rules
 import schema
 import task
 from dispatcher import THREADS, Arrivals, Dispatcher
@@ -35,7 +37,7 @@ HTTP_CONNECTIONS = process.setting(
 MAX_ELEMENTS = 10_000  # of an array in one call
 STALLED_SECONDS = 10
 STOP_REQUESTS_SECONDS = 15
-CREATE_FIELDS = {"text", "taskId", "runAt"}
+CREATE_FIELDS = ("text", "taskId", "runAt", "timeoutSeconds")
 
 app = api.make_app()
 connections = pool.Pool()
@@ -49,8 +51,9 @@ def parse_new_task(element: Any) -> database.NewTask:
     """Return the task in a JSON object; raise ValueError saying what was expected."""
     if not isinstance(element, dict):
         raise ValueError(f'expected {{"text": "any text"}}, got {task.shorten(element)}')
-    if unknown := element.keys() - CREATE_FIELDS:
-        raise ValueError(f"expected only text, taskId and runAt, got {task.shorten(min(unknown))}")
+    if unknown := element.keys() - set(CREATE_FIELDS):
+        known = ", ".join(CREATE_FIELDS)
+        raise ValueError(f"expected only {known}, got {task.shorten(min(unknown))}")
     if "text" not in element:
         raise ValueError('expected {"text": "any text"}, "text" is missing')
     text = task.parse_text(element["text"], "text", task.MAX_TEXT_BYTES)
@@ -58,7 +61,8 @@ def parse_new_task(element: Any) -> database.NewTask:
         raise ValueError("text: expected at least one character")
     task_id = element.get("taskId")
     task_id = str(uuid.uuid4()) if task_id is None else task.parse_uuid(task_id)
-    return database.NewTask(task_id, text, parse_time(element.get("runAt")))
+    timeout = task.parse_timeout(element.get("timeoutSeconds"))
+    return database.NewTask(task_id, text, timeout, parse_time(element.get("runAt")))
 
 
 def parse_time(value: Any) -> datetime | None:
@@ -134,15 +138,16 @@ def update_task_status() -> bytes:
         report = task.parse_report(body)
     except ValueError as error:
         api.refuse(400, str(error))
-    [refusal] = apply([report])
-    if refusal is not None:
-        api.refuse(refusal.code, refusal.reason)
+    [verdict] = apply([report])
+    if verdict.code != 200:
+        api.refuse(verdict.code, verdict.reason)
     tasks = connections.statement(lambda cursor: database.select_tasks(cursor, [report.id]))
     return api.answer(tasks[report.id])
 
 
 def update_many(elements: list[Any]) -> bytes:
-    """Apply each report for itself: one that is wrong is rejected, the others count."""
+    """Apply each report for itself: one that is wrong is rejected, the others count. Of the starts
+    that were asked for, `alone` has those that may run beside no other of their kind."""
     if len(elements) > MAX_ELEMENTS:
         api.refuse(413, f"expected at most {MAX_ELEMENTS} reports, got {len(elements)}")
     reports: dict[int, task.Report] = {}
@@ -152,17 +157,21 @@ def update_many(elements: list[Any]) -> bytes:
             reports[index] = task.parse_report(element)
         except ValueError as error:
             reasons[index] = str(error)
-    for index, refusal in zip(reports, apply(list(reports.values())), strict=True):
-        if refusal is not None:
-            reasons[index] = refusal.reason
+    alone = []
+    for index, verdict in zip(reports, apply(list(reports.values())), strict=True):
+        if verdict.code != 200:
+            reasons[index] = verdict.reason
+        elif verdict == rules.ALONE:
+            alone.append(index)
     rejected = [
         {"index": index, "taskId": id_of(elements[index]), "reason": reasons[index]}
         for index in sorted(reasons)
     ]
-    return api.answer({"updated": len(elements) - len(rejected), "rejected": rejected})
+    counts: dict[str, Any] = {"updated": len(elements) - len(rejected), "rejected": rejected}
+    return api.answer(counts | {"alone": alone} if alone else counts)
 
 
-def apply(reports: list[task.Report]) -> list[task.Refusal | None]:
+def apply(reports: list[task.Report]) -> list[rules.Verdict]:
     """Apply reports in one transaction; return a verdict for each."""
     # without an attempt, a second try after a COMMIT of unknown outcome could undo a newer change
     fenced = all(report.attempt is not None for report in reports)
@@ -177,6 +186,22 @@ def apply(reports: list[task.Report]) -> list[task.Refusal | None]:
 def id_of(element: Any) -> Any:
     """Return what a rejected element called its id, as far as it had one."""
     return element.get("taskId") if isinstance(element, dict) else None
+
+
+@app.put("/api/v1/consumer-heartbeat")
+def consumer_heartbeat() -> bytes:
+    """Note what a consumer runs; answer what its rows hold for it, and what it is to stop."""
+    try:
+        heartbeat = leases.parse_heartbeat(api.read_json())
+    except ValueError as error:
+        api.refuse(400, str(error))
+    # The leases first and by themselves: the note must not keep them from being renewed.
+    answer = connections.transaction(lambda cursor: leases.answer_heartbeat(cursor, heartbeat))
+    try:
+        connections.transaction(lambda cursor: leases.note_consumer(cursor, heartbeat))
+    except pool.Unavailable as error:
+        log.warning("heartbeat of %s not noted: %s", heartbeat.host, process.printable(error))
+    return api.answer(answer)
 
 
 @app.get("/healthz")

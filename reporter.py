@@ -1,7 +1,9 @@
-"""A consumer's reports to the producer: the HTTP client, and the thread that sends outcomes."""
+"""A consumer's reports to the producer: the HTTP client, and the thread that sends outcomes, asks
+whether suspects may start, and keeps the heartbeat."""
 
 import json
 import logging
+import socket
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,7 +12,7 @@ from urllib.parse import urlsplit
 import requests
 
 import process
-from in_flight import TOUCH_SECONDS, InFlight
+from in_flight import Answer, Entry, InFlight
 from task import Report
 
 log = logging.getLogger("reporter")
@@ -43,25 +45,34 @@ class Client:
     def __init__(self) -> None:
         self.session = requests.Session()
         self.session.trust_env = False  # proxies of the environment are not for the producer
+        self.updates = self.prepare("update-task-status")
+        self.heartbeats = self.prepare("consumer-heartbeat")
+
+    def prepare(self, call: str) -> requests.PreparedRequest:
+        """Return the PUT of a call without its body: preparing costs as much as sending."""
         headers = {"Content-Type": "application/json"}
         if process.API_TOKEN:
             headers["Authorization"] = f"Bearer {process.API_TOKEN}"
-        # Prepared once: preparing costs as much as sending.
-        put = requests.Request("PUT", f"{PRODUCER_URL}/api/v1/update-task-status", headers)
-        self.request = self.session.prepare_request(put)
+        put = requests.Request("PUT", f"{PRODUCER_URL}/api/v1/{call}", headers)
+        return self.session.prepare_request(put)
 
-    def put(self, reports: list[Report]) -> dict[int, str]:
-        """PUT reports as one array; return why some were refused, by index. Raise Unavailable.
+    def send(self, request: requests.PreparedRequest, value: Any) -> requests.Response:
+        """Send a value as JSON and return the answer; raise RequestException."""
+        request.prepare_body(json.dumps(value, ensure_ascii=False).encode(), None)
+        return self.session.send(request, timeout=(CONNECT_SECONDS, REPLY_SECONDS))
+
+    def put(self, reports: list[Report]) -> Answer:
+        """PUT reports as one array; return the producer's answer. Raise Unavailable.
 
         A refused array, or one that is too large for a server on the way, is split until the
         element that is meant stands alone, so that one bad report holds up no other.
         """
-        objects = [report.as_json() for report in reports]
-        self.request.prepare_body(json.dumps(objects, ensure_ascii=False).encode(), None)
         try:
-            answer = self.session.send(self.request, timeout=(CONNECT_SECONDS, REPLY_SECONDS))
+            answer = self.send(self.updates, [report.as_json() for report in reports])
             if answer.status_code == 200:
-                return {each["index"]: each["reason"] for each in answer.json()["rejected"]}
+                body = answer.json()
+                refused = {each["index"]: each["reason"] for each in body["rejected"]}
+                return Answer(refused, set(body.get("alone", ())))
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise Unavailable(f"{PRODUCER}: {error}") from error
         status, reason = answer.status_code, answer.text[:200]
@@ -71,8 +82,20 @@ class Client:
         if len(reports) > 1:
             half = len(reports) // 2
             first, second = self.put(reports[:half]), self.put(reports[half:])
-            return first | {half + index: why for index, why in second.items()}
-        return {0: f"{status}: {reason}"} if final else self.put([cut(reports[0])])
+            refused = {half + index: why for index, why in second.refused.items()}
+            return Answer(first.refused | refused, first.alone | {half + i for i in second.alone})
+        return Answer({0: f"{status}: {reason}"}, set()) if final else self.put([cut(reports[0])])
+
+    def beat(self, heartbeat: dict[str, Any]) -> dict[str, Any]:
+        """PUT a heartbeat; return the answer: now, held and stop. Raise Unavailable."""
+        try:
+            answer = self.send(self.heartbeats, heartbeat)
+            if answer.status_code == 200:
+                body: dict[str, Any] = answer.json()
+                return {name: body[name] for name in ("now", "held", "stop")}
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"{PRODUCER}: {error}") from error
+        raise Unavailable(f"{PRODUCER} answered {answer.status_code}: {answer.text[:200]}")
 
 
 def cut(report: Report) -> Report:
@@ -86,30 +109,60 @@ def cut(report: Report) -> Report:
     return replace(report, **halves)
 
 
-def report_outcomes(in_flight: InFlight) -> None:
-    """Make every PUT of the consumer, one after another: the body of the reporter thread.
+class Reporter:
+    """Makes every PUT of the consumer, one after another, so that no answer meets another."""
 
-    Only after the producer has accepted a report is its message settled; while the producer is
-    away everything stays in flight, for ever if need be.
-    """
-    client = Client()
-    # A producer that is back rescues nothing until everybody could touch what is in flight.
-    most = min(process.LAST_DELAY_SECONDS, TOUCH_SECONDS)
-    backoff = process.Backoff(log, "reports wait for the producer", most)
-    last, touch_at = 0.0, time.monotonic() + TOUCH_SECONDS
-    while True:
-        group = in_flight.collect(last, touch_at)
-        last = time.monotonic()
+    def __init__(self, in_flight: InFlight, concurrency: int) -> None:
+        self.in_flight = in_flight
+        self.client = Client()
+        self.about = {
+            "consumer": in_flight.consumer,
+            "host": socket.gethostname(),
+            "concurrency": concurrency,
+            "version": process.VERSION,
+        }
+        # Everybody is back before a producer that was away begins to rescue.
+        most = min(process.LAST_DELAY_SECONDS, process.HEARTBEAT_SECONDS * 2)
+        self.backoff = process.Backoff(log, "reports wait for the producer", most)
+        self.beats = process.Backoff(log, "the producer takes no heartbeat")
+
+    def run(self) -> None:
+        """Report until the process ends: the body of a thread.
+
+        Only after the producer has accepted a report is its message settled; while the producer is
+        away everything stays in flight, for ever if need be.
+        """
+        last = beat_at = 0.0
+        while True:
+            group = self.in_flight.collect(last, beat_at)
+            last = time.monotonic()
+            try:
+                if last >= beat_at:
+                    beat_at = last + process.HEARTBEAT_SECONDS
+                    self.beat()
+                else:
+                    self.report(group)
+                    self.backoff.succeeded()
+            except Unavailable as error:
+                time.sleep(self.backoff.failed(error))
+            except Exception as error:  # the top of a loop: without it nothing would be acked
+                log.exception("reporting failed")
+                time.sleep(self.backoff.failed(error))
+
+    def report(self, group: list[tuple[Entry, Report]]) -> None:
+        """PUT a group of outcomes and asks, and act on the answer."""
+        answer = self.client.put([report for _, report in group])
+        for index, reason in answer.refused.items():
+            log.info("task %s is not ours to run or end: %s", group[index][1].id, reason)
+        self.in_flight.accept(group, answer)
+
+    def beat(self) -> None:
+        """Say what is in flight. If that fails, outcomes are still reported: a producer of version
+        1.1 knows no heartbeat."""
+        began = time.time()
         try:
-            refusals = client.put([report for _, report in group]) if group else {}
-            backoff.succeeded()
-            if last >= touch_at:
-                touch_at = last + TOUCH_SECONDS
-            for index, reason in refusals.items():
-                log.info("task %s is not ours to end: %s", group[index][1].id, reason)
-            in_flight.accept(group, refusals)
+            answer = self.client.beat(self.about | {"tasks": self.in_flight.named()})
+            self.beats.succeeded()
+            self.in_flight.heard(answer, answer["now"] - (began + time.time()) / 2)
         except Unavailable as error:
-            time.sleep(backoff.failed(error))
-        except Exception as error:  # the top of a loop: without a reporter nothing would be acked
-            log.exception("reporting failed")
-            time.sleep(backoff.failed(error))
+            log.log(self.beats.level(), "heartbeat failed: %s", process.printable(error))

@@ -69,6 +69,28 @@ compose() {
   docker compose --project-directory "$PROJECT_ABSOLUTE_PATH" "$@"
 }
 
+# Prints a setting's value from the environment or .env, else $2.
+setting() {
+  local value=${!1:-}
+  [ -n "$value" ] || value=$(sed -n "s/^$1=//p" .env | tail -n 1 | tr -d "\"'")
+  echo "${value:-$2}"
+}
+
+# Compose cannot count: a worker process takes 10 MB and what the user's function needs.
+fit_containers() {
+  local workers stop
+  workers=$(setting CONCURRENCY 1)
+  stop=$(setting STOP_SECONDS 50)
+  if [[ $workers =~ ^[0-9]{1,4}$ ]] && ((10#$workers > 30)); then
+    CONSUMER_MEMORY=$(setting CONSUMER_MEMORY "$((256 + 25 * 10#$workers))m")
+    export CONSUMER_MEMORY
+  fi
+  if [[ $stop =~ ^[0-9]{1,6}$ ]]; then
+    STOP_GRACE_PERIOD=$(setting STOP_GRACE_PERIOD "$((10#$stop + 10))s")
+    export STOP_GRACE_PERIOD
+  fi
+}
+
 up_docker() {
   has_docker || fail 'expected a Docker engine with Compose v2; without one use run.sh --native'
   local address
@@ -81,6 +103,7 @@ up_docker() {
     fail "the volume $volume is of an earlier checkout: bring its .env, or docker volume rm $volume"
   fi
   make_env
+  fit_containers
   if ! compose up --build --detach --wait; then
     compose logs --tail 20 producer consumer >&2
     fail 'not everything became healthy, see above; stop the rest with run.sh down'

@@ -20,6 +20,7 @@ SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
 INDEXES = {
     match[1]: match[0] for match in re.finditer(r"^CREATE INDEX (\w+) [^;]+;", SCHEMA, re.MULTILINE)
 }
+[CONSUMERS] = re.findall(r"^CREATE UNLOGGED TABLE [^;]+;", SCHEMA, re.MULTILINE)
 # Advisory locks. Nobody waits for them: who does not get one looks again later.
 TABLE_LOCK = 0x7461736B  # "task"
 INDEX_LOCK = TABLE_LOCK + 1
@@ -33,6 +34,8 @@ SELECT attname
 FROM pg_attribute
 WHERE attrelid = to_regclass('tasks') AND attnum > 0 AND NOT attisdropped
 """
+
+HAS_CONSUMERS = "SELECT to_regclass('consumers') IS NOT NULL"
 
 SELECT_VALID_INDEXES = """
 SELECT relname
@@ -52,9 +55,11 @@ RENAMED_COLUMNS = {
     """,
 }
 ADDED_COLUMNS = {
-    "touched_at": """
+    "lease_until": """
         ALTER TABLE tasks
-            ADD COLUMN touched_at timestamptz,
+            ADD COLUMN holder uuid,
+            ADD COLUMN lease_until timestamptz,
+            ADD COLUMN timeout_seconds double precision,
             SET (
                 autovacuum_vacuum_scale_factor = 0.02,
                 autovacuum_vacuum_threshold = 10000,
@@ -70,8 +75,10 @@ def steps(cursor: Any) -> list[str]:
     columns = {name for (name,) in cursor.fetchall()}
     if not columns:
         return [SCHEMA]
-    renames = [step for name, step in RENAMED_COLUMNS.items() if name in columns]
-    return renames + [step for name, step in ADDED_COLUMNS.items() if name not in columns]
+    due = [step for name, step in RENAMED_COLUMNS.items() if name in columns]
+    due += [step for name, step in ADDED_COLUMNS.items() if name not in columns]
+    cursor.execute(HAS_CONSUMERS)
+    return due if cursor.fetchone() == (True,) else [*due, CONSUMERS]
 
 
 def migrate(cursor: Any) -> bool:

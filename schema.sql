@@ -1,5 +1,5 @@
--- The one table of the task service, as a new database gets it. In a database that has an older
--- one, schema.py adds what is missing.
+-- The table of the task service and that of its consumers, as a new database gets them. In a
+-- database that has older ones, schema.py adds what is missing.
 
 -- States -----------------------------------------------------------------------------------------
 -- pending  ожидает обработки       create-task, or a retry; the dispatcher will pick it
@@ -22,10 +22,17 @@ CREATE TABLE tasks (
     attempt     integer          NOT NULL DEFAULT 1,
     -- Attempts that failed; compared with MAX_ATTEMPTS.
     failures    integer          NOT NULL DEFAULT 0,
-    -- How often a redelivered message of this attempt was begun; three mean it kills its worker.
+    -- How often a suspect of this attempt was allowed to start; three mean it kills its worker.
     starts      integer          NOT NULL DEFAULT 0,
-    -- The last of them: the same start reported twice, after a time-out, counts once.
+    -- The last of them: the same start asked for twice, after a time-out, counts once.
     start_token text,
+    -- The consumer that runs it without a message. The nil UUID: a message is out again, and
+    -- somebody held the task before.
+    holder      uuid,
+    -- When a sent row may be rescued: its holder, or its message, is gone by then.
+    lease_until timestamptz,
+    -- A run that takes longer has failed; null leaves that to the consumer.
+    timeout_seconds double precision,
     -- Waits for run_at. An index predicate cannot hold now(), so the flag says it.
     delayed     boolean          NOT NULL DEFAULT false,
     -- Where the random pick finds the row. Not the id: clients may send time-ordered UUIDs.
@@ -35,8 +42,6 @@ CREATE TABLE tasks (
     run_at      timestamptz,
     created_at  timestamptz      NOT NULL DEFAULT now(),
     sent_at     timestamptz,
-    -- When a consumer last said that it has this attempt in flight: sent again, it is a suspect.
-    touched_at  timestamptz,
     finished_at timestamptz,
     CONSTRAINT tasks_pkey PRIMARY KEY (id),
     CONSTRAINT tasks_attempt_is_positive CHECK (attempt >= 1),
@@ -46,6 +51,19 @@ CREATE TABLE tasks (
     autovacuum_vacuum_scale_factor = 0.02,
     autovacuum_vacuum_threshold = 10000,
     autovacuum_vacuum_cost_delay = 0
+);
+
+-- Who takes tasks, by the last heartbeat of each. Unlogged: after a crash each says it again.
+CREATE UNLOGGED TABLE consumers (
+    id          uuid        NOT NULL,
+    host        text        NOT NULL,
+    concurrency integer     NOT NULL,
+    version     text        NOT NULL,
+    -- [{"taskId", "attempt", "seconds", "state"}], what it has in flight
+    tasks       jsonb       NOT NULL,
+    started_at  timestamptz NOT NULL DEFAULT now(),
+    seen_at     timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT consumers_pkey PRIMARY KEY (id)
 );
 
 -- Indexes ----------------------------------------------------------------------------------------
@@ -58,6 +76,6 @@ CREATE INDEX tasks_pending ON tasks (pick) WHERE status = 'pending' AND NOT dela
 -- RELEASE_DUE_TASKS finds the delayed rows whose time has come.
 CREATE INDEX tasks_delayed ON tasks (run_at) WHERE delayed;
 
--- RESCUE_LOST_TASKS reads every sent row, a few thousand; the times stay unindexed, so that a touch
--- by a consumer moves no index entry.
+-- RESCUE_LOST_TASKS reads every sent row, a few thousand; lease_until stays unindexed, so that a
+-- renewal moves no index entry.
 CREATE INDEX tasks_sent ON tasks (id) WHERE status = 'sent';

@@ -1,24 +1,20 @@
-"""A task's words, limits and rules, and the two forms in which it travels: the message and the
-report. Pure functions without I/O; the allowed transitions and the rule of the attempt are here and
-nowhere else."""
+"""A task's words and limits, and the two forms in which it travels: the message and the report.
+Pure functions without I/O."""
 
 import json
-import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import process
 
-MAX_ATTEMPTS = process.setting("MAX_ATTEMPTS", 1, process.whole(1, 1000))
-RETRY_SECONDS = process.setting("RETRY_SECONDS", 5.0, process.number(0, 3600))
-MAX_RETRY_SECONDS = 3600
-MAX_STARTS = 3
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_OUTCOME_BYTES = 64 * 1024  # of a result or an error text
-# A message expires after half of the time-out. A row that was sent or touched so much later than
-# the message has another copy; the rest of the half is for clocks and slow queues.
-LIVE_COPY_SECONDS = 0.45 * process.SENT_TIMEOUT_SECONDS
+MAX_TIMEOUT_SECONDS = 10**7
+HOLD_SECONDS = min(30, process.SENT_TIMEOUT_SECONDS / 4)  # a run of so long is held by its row
+# The holder of a row whose message is out again, and that somebody held before.
+NOBODY = "00000000-0000-0000-0000-000000000000"
 
 ENDED = ("success", "error")
 WORDS = {
@@ -31,20 +27,26 @@ WORDS = {
     "ошибка": "error",
     "успешно": "success",
 }
-OPTIONAL_FIELDS = ("result", "error", "reason", "started")  # of a report, each a text
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
 class Message(NamedTuple):
-    """A task as it travels through the broker."""
+    """A task as it travels through the broker. sent: the row's sent_at in microseconds since 1970,
+    which tells copies of an attempt apart; None in a message of version 1.1."""
 
     id: str
     text: str
     attempt: int
+    sent: int | None = None
+    timeout: float | None = None  # seconds
 
     def as_body(self) -> bytes:
         """Return the JSON that parse_message() reads."""
-        fields = {"id": self.id, "text": self.text, "attempt": self.attempt}
+        fields: dict[str, Any] = {"id": self.id, "text": self.text, "attempt": self.attempt}
+        if self.sent is not None:
+            fields["sent"] = self.sent
+        if self.timeout is not None:
+            fields["timeoutSeconds"] = self.timeout
         return json.dumps(fields, ensure_ascii=False).encode()
 
 
@@ -52,20 +54,22 @@ def parse_message(body: bytes) -> Message:
     """Return the task in a message; raise ValueError if it holds none of ours."""
     try:
         fields = json.loads(body)
-        message = Message(parse_uuid(fields["id"]), fields["text"], fields["attempt"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        task_id, text, attempt = parse_uuid(fields["id"]), fields["text"], fields["attempt"]
+        sent, timeout = fields.get("sent"), parse_timeout(fields.get("timeoutSeconds"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"expected a JSON object with id, text and attempt: {error!r}") from None
-    if (type(message.text), type(message.attempt)) != (str, int):
-        raise ValueError("expected text as a string, attempt as an integer")
-    return message
+    if (type(text), type(attempt)) != (str, int) or type(sent) not in (int, type(None)):
+        raise ValueError("expected text as a string, attempt and sent as integers")
+    return Message(task_id, text, attempt, sent, timeout)
 
 
 @dataclass(slots=True)
 class Report:
     """What somebody says of a task: a consumer or watcher (with attempt), or an operator.
 
-    Without a status it is a touch: it keeps a sent row from being rescued, may leave an error
-    text, and with `started`, a token unique to that start, asks whether a suspect may run.
+    Without a status it asks whether a task may start, and may leave an error text. With `started`,
+    a token unique to that start, the start is counted and the holder holds the row. With `release`
+    the holder gives the task back, to be picked after so many seconds.
     """
 
     id: str
@@ -75,6 +79,10 @@ class Report:
     error: str | None = None
     reason: str | None = None
     started: str | None = None
+    sent: int | None = None  # of the message
+    holder: str | None = None  # the consumer that speaks
+    alone: bool | None = None  # it has a turn for a task that must run alone; None: yes
+    release: float | None = None  # seconds
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that parse_report() reads."""
@@ -83,47 +91,16 @@ class Report:
             fields["taskStatus"] = self.status
         if self.attempt is not None:
             fields["attempt"] = self.attempt
-        for name in OPTIONAL_FIELDS:
+        for name in REPORT_FIELDS:
             if (value := getattr(self, name)) is not None:
                 fields[name] = value
         return fields
 
 
-@dataclass(slots=True)
-class Row:
-    """A locked row as the rules see it. age: seconds since it was sent or touched, negative if the
-    database's clock was set back. delay: seconds until it is due; touched: a consumer has it."""
-
-    id: str
-    status: str
-    attempt: int
-    failures: int
-    starts: int
-    start_token: str | None
-    delayed: bool
-    age: float | None
-    result: str | None = None
-    error: str | None = None
-    delay: float | None = None
-    touched: bool = False
-    changed: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name; dataclasses.asdict() copies deeply, at ten times the price."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-class Refusal(NamedTuple):
-    """Why a report was not applied, with the HTTP status that says the same."""
-
-    code: int
-    reason: str
-
-
-def parse_uuid(value: Any) -> str:
+def parse_uuid(value: Any, name: str = "taskId") -> str:
     """Return a UUID in PostgreSQL's spelling; raise ValueError for anything else."""
     if not isinstance(value, str) or not UUID.fullmatch(value.strip()):
-        raise ValueError(f"taskId: expected a UUID, got {shorten(value)}")
+        raise ValueError(f"{name}: expected a UUID, got {shorten(value)}")
     return value.strip().lower()
 
 
@@ -151,6 +128,52 @@ def parse_text(value: Any, name: str, limit: int) -> str:
     return value
 
 
+def parse_timeout(value: Any) -> float | None:
+    """Return seconds that a run may take, None for no limit; raise ValueError otherwise."""
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value <= MAX_TIMEOUT_SECONDS:
+        expected = f"expected a number of seconds above 0, up to {MAX_TIMEOUT_SECONDS}"
+        raise ValueError(f"timeoutSeconds: {expected}, got {shorten(value)}")
+    return float(value)
+
+
+def parse_outcome(value: Any, name: str) -> str:
+    """Return a text of a report."""
+    return parse_text(value, name, MAX_OUTCOME_BYTES)
+
+
+def one_of(*types: type) -> Callable[[Any, str], Any]:
+    """Return a parser of a report's field that takes values of these types."""
+
+    def parse(value: Any, name: str) -> Any:
+        if type(value) not in types:
+            expected = " or ".join(each.__name__ for each in types)
+            raise ValueError(f"{name}: expected {expected}, got {shorten(value)}")
+        return value
+
+    return parse
+
+
+def parse_seconds(value: Any, name: str) -> float:
+    """Return a number of seconds that is not negative."""
+    if type(value) not in (int, float) or not 0 <= value <= MAX_TIMEOUT_SECONDS:
+        raise ValueError(f"{name}: expected seconds from 0 on, got {shorten(value)}")
+    return float(value)
+
+
+REPORT_FIELDS: dict[str, Callable[[Any, str], Any]] = {  # the optional ones
+    "result": parse_outcome,
+    "error": parse_outcome,
+    "reason": parse_outcome,
+    "started": parse_outcome,
+    "sent": one_of(int),
+    "holder": parse_uuid,
+    "alone": one_of(bool),
+    "release": parse_seconds,
+}
+
+
 def parse_report(element: Any) -> Report:
     """Return the report in a JSON object; raise ValueError saying what was expected."""
     if not isinstance(element, dict):
@@ -161,9 +184,9 @@ def parse_report(element: Any) -> Report:
     report.attempt = element.get("attempt")
     if report.attempt is not None and type(report.attempt) is not int:
         raise ValueError(f"attempt: expected an integer, got {shorten(report.attempt)}")
-    for name in OPTIONAL_FIELDS:
-        if element.get(name) is not None:
-            setattr(report, name, parse_text(element[name], name, MAX_OUTCOME_BYTES))
+    for name in REPORT_FIELDS.keys() & element.keys():
+        if element[name] is not None:
+            setattr(report, name, REPORT_FIELDS[name](element[name], name))
     if report.status is None and report.attempt is None:
         raise ValueError("taskStatus: expected a status, or the attempt of a task in flight")
     return report
@@ -182,83 +205,3 @@ def shorten(value: Any) -> str:
     """Return a value as it may stand in an error message."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def judge(row: Row, report: Report) -> Refusal | None:
-    """Apply one report to a locked row, or say why not; the same report twice changes it once."""
-    if report.attempt is not None and report.attempt != row.attempt:
-        return Refusal(
-            409, f"stale: attempt {report.attempt} is not the current attempt {row.attempt}"
-        )
-    if report.status is None:
-        return touch(row, report)
-    if report.status == "sent":
-        return Refusal(409, f"{row.status} does not become sent: only the dispatcher sends")
-    if report.status == row.status:
-        return None
-    if report.status == "success":
-        change(row, "success")
-        row.result = report.result
-    elif report.status == "pending":
-        run_again(row)
-        row.failures = 0
-    elif row.status == "success":
-        return Refusal(409, "success does not become error; expected success or pending")
-    elif report.attempt is None:  # a cancel: the running copy must not undo it
-        change(row, "error")
-        row.attempt += 1
-        row.error = report.error or "cancelled"
-    elif report.reason in (None, "rejected"):
-        count_failure(row, report.error)
-    elif row.status == "sent" and not has_live_copy(row, report):
-        change(row, "pending")
-    return None
-
-
-def touch(row: Row, report: Report) -> Refusal | None:
-    """Note that a consumer has the task; refuse if it need not run, or has killed too often."""
-    if row.status in ENDED:
-        return Refusal(409, f"finished: the task has ended in {row.status}")
-    row.changed = row.touched = True
-    row.error = report.error or row.error
-    if report.started is not None and report.started != row.start_token:
-        row.starts += 1
-        row.start_token = report.started
-        if row.starts >= MAX_STARTS:
-            reason = f"killed its worker {MAX_STARTS} times"
-            count_failure(row, reason)
-            return Refusal(409, reason)
-    return None
-
-
-def count_failure(row: Row, error: str | None) -> None:
-    """Count a failed attempt: back to pending after a pause while attempts are left, else error."""
-    row.failures += 1
-    row.error = error or row.error
-    if row.failures >= MAX_ATTEMPTS:
-        change(row, "error")
-        return
-    run_again(row)
-    pause = RETRY_SECONDS * 2 ** min(row.failures - 1, 20)
-    row.delay = min(pause * random.uniform(1, 1.25), MAX_RETRY_SECONDS)
-    row.delayed = row.delay > 0
-
-
-def has_live_copy(row: Row, report: Report) -> bool:
-    """Tell whether a row was sent or touched after the message that expired was published: there
-    is another message, or a consumer runs it. If that consumer died, the rescue finds out."""
-    return report.reason == "expired" and row.age is not None and 0 <= row.age < LIVE_COPY_SECONDS
-
-
-def run_again(row: Row) -> None:
-    """Begin a new attempt; whatever is still under way for the old one is stale from here on."""
-    change(row, "pending")
-    row.attempt += 1
-    row.starts = 0
-
-
-def change(row: Row, status: str) -> None:
-    """Set a status; a row that leaves pending waits for no time any more."""
-    row.status = status
-    row.delayed = False
-    row.changed = True

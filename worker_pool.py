@@ -1,90 +1,368 @@
-"""The consumer's workers: threads that run the user's function, or the imitation of one."""
+"""The consumer's worker processes: one thread starts and feeds them, reads their outcomes, and ends
+those that take too long, write garbage, or are told to stop."""
 
-import importlib
-import inspect
+import contextlib
+import functools
 import logging
-import os
-import random
-import sys
+import math
+import resource
+import selectors
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import process
-from in_flight import InFlight
-from task import Report, storable
+from in_flight import WAITING, Entry, InFlight
+from worker_process import READY_SECONDS, SILENT_SECONDS, WORKER, Garbage, WorkerProcess
 
 log = logging.getLogger("workers")
 
 CONCURRENCY = process.setting("CONCURRENCY", 1, process.whole(1, 1000))
-PROCESSING_SECONDS = process.setting("PROCESSING_SECONDS", 0.1, process.number(0, 10**6))
-FAILURE_RATE = process.setting("FAILURE_RATE", 0.1, process.number(0, 1))
-HANDLER = process.setting("HANDLER", "", str)
+TASK_TIMEOUT_SECONDS = process.setting("TASK_TIMEOUT_SECONDS", 0.0, process.number(0, 10**7))
+TASKS_PER_WORKER = process.setting("TASKS_PER_WORKER", 0, process.whole(0, 10**9))
+
+AHEAD_SECONDS = 0.01  # of work, which a worker is fed at once
+MAX_AHEAD = 64
+MAX_AHEAD_BYTES = 48 * 1024  # what a pipe holds: a line behind it would wait in our memory
+STARTING = 4  # workers at a time: each takes 30 ms of a processor
+LOOK_SECONDS = 0.25  # between two looks for processes that have ended
+TERM_SHARE, KILL_SHARE = 0.8, 0.9  # of STOP_SECONDS: what still runs is told to end, then killed
 
 
-def imitate(text: str) -> str | None:
-    """Imitate work: sleep PROCESSING_SECONDS, fail at FAILURE_RATE."""
-    if PROCESSING_SECONDS:  # sleep(0) would give the processor away, for 79 microseconds
-        time.sleep(PROCESSING_SECONDS)
-    if random.random() < FAILURE_RATE:
-        raise RuntimeError("imitated failure")
-    return None
+class Pool:
+    """Up to CONCURRENCY worker processes, started when there is work for them."""
 
+    def __init__(self, in_flight: InFlight) -> None:
+        self.in_flight = in_flight
+        in_flight.wake = self.wake
+        self.selector = selectors.DefaultSelector()
+        self.workers: list[WorkerProcess] = []
+        self.bell, bell = socket.socketpair()
+        self.bell.setblocking(False)
+        bell.setblocking(False)
+        self.selector.register(bell, selectors.EVENT_READ, lambda: bell.recv(4096))
+        self.awake = False
+        self.pace = 0.0  # seconds that a task takes, a moving average
+        self.full_since: float | None = None  # since when every worker is busy with one task
+        self.stops: list[Entry] = []
+        self.look_at = 0.0
+        self.starts = process.Backoff(log, "no worker could start")
+        self.start_at = 0.0
+        self.started = threading.Event()  # the first worker was ready, or will never be
+        self.refusal = ""  # why not
+        self.stop_at = math.inf  # of time.monotonic(), when the consumer was told to stop
+        self.term_at = math.inf
 
-def load_handler() -> Callable[[str], Any]:
-    """Return the function that HANDLER names, or the imitation; end the process with 2 if there is
-    no such function, or a call would only make an object that nobody runs."""
-    if not HANDLER:
-        return imitate
-    module, _, name = HANDLER.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        handler = getattr(importlib.import_module(module), name)
-        if not callable(handler):
-            raise TypeError(f"{name} is not a function")
-        for function in (handler, getattr(handler, "__call__", handler)):  # noqa: B004
-            if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-                raise TypeError(f"{name} is async, expected a plain def")
-            if inspect.isgeneratorfunction(function):
-                raise TypeError(f"{name} is a generator, expected a function that returns")
-    except Exception as error:  # the user's module may raise anything
-        reason = process.printable(f"{type(error).__name__}: {error}")
-        print(
-            f"HANDLER={HANDLER!r} is not valid: expected module:function: {reason}", file=sys.stderr
+    def wake(self) -> None:
+        """Let the pool look for work: for any thread."""
+        if not self.awake:
+            self.awake = True
+            with contextlib.suppress(BlockingIOError):
+                self.bell.send(b"!")
+
+    def is_broken(self) -> bool:
+        """Tell whether no worker can be started."""
+        return self.starts.failures > 0 and not any(worker.ready for worker in self.workers)
+
+    def run(self) -> None:
+        """Run tasks until all workers have ended after a stop: the body of a thread that lives as
+        long as the process."""
+        raise_limit()
+        while True:
+            self.awake = False
+            try:
+                self.turn()
+                if self.in_flight.stopping and not self.workers:
+                    return
+                for key, _ in self.selector.select(self.pause()):
+                    key.data()
+            except Exception:  # the top of a loop: without it nothing would run any more
+                log.exception("the pool failed")
+                time.sleep(1)
+
+    def turn(self) -> None:
+        """Look after every worker, then feed those that may have more."""
+        now = time.monotonic()
+        if now >= self.look_at:
+            self.look_at = now + LOOK_SECONDS
+            for worker in list(self.workers):
+                if worker.has_exited():
+                    self.bury(worker)
+        for worker in list(self.workers):
+            self.attend(worker, now)
+        self.stops += self.in_flight.take_stops()
+        self.stops = [entry for entry in self.stops if not self.stop_task(entry)]
+        if self.in_flight.stopping:
+            self.stop(now)
+        else:
+            self.feed(now)
+            self.start_workers(now)
+        heads = [worker.fed[0].started for worker in self.workers if worker.fed]
+        self.full_since = max(heads) if len(heads) >= CONCURRENCY else None
+
+    def pause(self) -> float | None:
+        """Return how long nothing needs to be done unless something happens."""
+        if not self.workers:
+            return LOOK_SECONDS
+        is_busy = self.in_flight.waiting()[0] or any(worker.is_busy() for worker in self.workers)
+        times = [self.look_at if is_busy else math.inf, self.term_at]
+        for worker in self.workers:
+            if len(worker.fed) > 1:
+                times.append(worker.fed[0].started + 2 * AHEAD_SECONDS)
+            if worker.fed and (limit := limit_of(worker.fed[0])):
+                times.append(worker.fed[0].started + limit)
+        soonest = min(times)
+        return max(0.0, soonest - time.monotonic()) if soonest < math.inf else 1.0
+
+    # Starting and feeding
+
+    def start_workers(self, now: float) -> None:
+        """Start workers for what waits; one is always there."""
+        waiting, _ = self.in_flight.waiting()
+        starting = sum(not worker.ready for worker in self.workers)
+        idle = sum(worker.ready and not worker.fed for worker in self.workers)
+        missing = min(
+            max(waiting, 1 if not self.workers else 0) - idle, CONCURRENCY - len(self.workers)
         )
-        sys.exit(2)
-    return handler  # type: ignore[no-any-return]
+        for _ in range(min(missing - starting, STARTING - starting)):
+            if now < self.start_at:
+                return
+            try:
+                worker = WorkerProcess()
+            except OSError as error:
+                self.start_at = now + self.starts.failed(error)
+                return
+            self.workers.append(worker)
+            self.watch(worker.stdout, functools.partial(self.on_outcomes, worker))
+            self.watch(worker.stderr, functools.partial(self.on_log, worker))
 
+    def watch(self, descriptor: int, call: Callable[[], object], write: bool = False) -> None:
+        """Have the loop call when a descriptor can be read, or written."""
+        events = selectors.EVENT_WRITE if write else selectors.EVENT_READ
+        self.selector.register(descriptor, events, call)
 
-def run_task(handler: Callable[[str], Any], text: str) -> str | None:
-    """Return a task's result as it is stored; raise what the user's function raises."""
-    result = handler(text)
-    if inspect.isawaitable(result) or inspect.isgenerator(result):
-        if hasattr(result, "close"):
-            result.close()
-        raise TypeError(f"expected a string or None, got a {type(result).__name__} that never ran")
-    return None if result is None else storable(result)
+    def unwatch(self, descriptor: int) -> None:
+        """Forget a descriptor, if it was watched."""
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(descriptor)
 
+    def feed(self, now: float) -> None:
+        """Give each worker its share of what waits: one task at a time while tasks are slow, or a
+        suspect waits for an idle worker, else about AHEAD_SECONDS of work."""
+        waiting, suspects = self.in_flight.waiting()
+        if not waiting:
+            return
+        ahead = 1
+        if not (WORKER or suspects) and self.pace:
+            ahead = int(min(MAX_AHEAD, max(1, AHEAD_SECONDS / self.pace)))
+        ready = [worker for worker in self.workers if worker.ready and not worker.why]
+        hungry = [worker for worker in ready if len(worker.fed) <= ahead // 2]
+        if not hungry:
+            return
+        idle = [worker for worker in hungry if not worker.fed]
+        entries = self.in_flight.take(len(idle), sum(ahead - len(each.fed) for each in hungry))
+        hungry.sort(key=lambda worker: len(worker.fed))
+        for index, worker in enumerate(hungry):
+            share = math.ceil(len(entries) / (len(hungry) - index))
+            share = min(share, ahead - len(worker.fed))
+            if TASKS_PER_WORKER:
+                share = min(share, TASKS_PER_WORKER - worker.answered - len(worker.fed))
+            fed = fitting(entries[: max(share, 0)])
+            if fed:
+                del entries[: len(fed)]
+                self.feed_worker(worker, fed, now)
+        if entries:
+            self.in_flight.give_back(entries)
 
-def work(in_flight: InFlight, handler: Callable[[str], Any]) -> None:
-    """Run tasks one after another until the consumer stops: the body of a worker thread."""
-    while (entry := in_flight.take()) is not None:
-        if entry.suspect and not in_flight.may_start(entry):
-            continue
-        report = Report(entry.message.id, attempt=entry.message.attempt)
+    def feed_worker(self, worker: WorkerProcess, entries: list[Entry], now: float) -> None:
+        """Write lines to a worker, the rest of them when it has room."""
+        had_unsent = bool(worker.unsent)
+        worker.feed(entries, now)
+        if worker.unsent and not had_unsent:
+            self.watch(worker.stdin, lambda: self.on_room(worker), write=True)
+
+    def on_room(self, worker: WorkerProcess) -> None:
+        """Go on writing lines."""
+        worker.write()
+        if not worker.unsent:
+            self.unwatch(worker.stdin)
+
+    # What workers say
+
+    def on_outcomes(self, worker: WorkerProcess) -> None:
+        """Take what a worker has written. It may have been buried a moment ago."""
+        if worker not in self.workers:
+            return
+        if not worker.ready:
+            self.read_readiness(worker)
+        else:
+            self.read(worker)
+        if worker.silent_at:
+            self.unwatch(worker.stdout)
+            if worker.has_exited():
+                self.bury(worker)
+
+    def read_readiness(self, worker: WorkerProcess) -> None:
+        """Read a starting worker's first words."""
         try:
-            report.result = run_task(handler, entry.message.text)
-            report.status = "success"
-        except BaseException as error:  # SystemExit too: a worker that ends would be missed
-            report.error = storable(f"{type(error).__name__}: {storable(error)}")
-            log.warning("task %s failed: %s", entry.message.id, process.printable(report.error))
-        in_flight.finish(entry, report)
+            worker.read()
+        except Garbage as error:
+            self.kill(worker, str(error))
+        if worker.ready:
+            self.is_ready()
+        elif worker.refusal and not self.started.is_set():
+            self.refusal = worker.refusal
+            self.started.set()
+
+    def is_ready(self) -> None:
+        """Note that workers can be started."""
+        self.starts.succeeded()
+        self.started.set()
+
+    def read(self, worker: WorkerProcess) -> None:
+        """Hand outcomes on, and measure how long their tasks took."""
+        began = worker.fed[0].started if worker.fed else 0.0
+        try:
+            ended = worker.read()
+        except Garbage as error:
+            ended = []
+            worker.why = worker.why or str(error)
+        if ended:
+            now = time.monotonic()
+            seconds = now - began
+            pace = seconds / len(ended)
+            self.pace = (self.pace + pace) / 2 if self.pace else pace
+            if worker.fed:
+                worker.fed[0].started = now
+            self.in_flight.finish(ended, seconds)
+        if worker.why and not worker.kill_at:
+            self.kill(worker, worker.why)
+        elif TASKS_PER_WORKER and worker.answered >= TASKS_PER_WORKER and not worker.why:
+            self.unwatch(worker.stdin)
+            worker.retire()
+
+    def on_log(self, worker: WorkerProcess) -> None:
+        """Log what a worker has written to stderr."""
+        if worker in self.workers and not worker.drain_log():
+            self.unwatch(worker.stderr)
+
+    # How workers end
+
+    def attend(self, worker: WorkerProcess, now: float) -> None:
+        """Act on how long a worker has taken: for its task, to start, or to end."""
+        if WORKER and not worker.ready and not worker.why and now - worker.began >= READY_SECONDS:
+            worker.ready = True
+            self.is_ready()
+        if worker.kill_at:
+            if now >= worker.kill_at:
+                worker.signal(signal.SIGKILL)
+        elif worker.silent_at and now - worker.silent_at >= SILENT_SECONDS:
+            self.kill(worker, "closed its stdout")
+        elif worker.fed:
+            elapsed = now - worker.fed[0].started
+            limit = limit_of(worker.fed[0])
+            if limit and elapsed >= limit:
+                self.end(worker, f"timed out after {limit:g} s")
+            elif len(worker.fed) > 1 and elapsed >= 2 * AHEAD_SECONDS:
+                self.pace = max(self.pace, elapsed)
+                self.in_flight.give_back(worker.take_back())
+
+    def end(self, worker: WorkerProcess, why: str) -> None:
+        """End a worker for what it runs, unless that is answered by now."""
+        running = worker.fed[0]
+        self.in_flight.give_back(worker.take_back())
+        if worker.fed:
+            self.read(worker)
+        if worker.fed and worker.fed[0] is running:
+            self.kill(worker, why)
+        elif running.state == WAITING:  # it has not even begun in all that time
+            self.kill(worker, "took no task")
+
+    def kill(self, worker: WorkerProcess, why: str) -> None:
+        """Tell a worker to end; what it has not begun is for others."""
+        self.in_flight.give_back(worker.take_back())
+        worker.end(why)
+
+    def stop_task(self, entry: Entry) -> bool:
+        """Have a task that a worker was fed not run, or not run on; return whether that is done."""
+        for worker in self.workers:
+            if entry in worker.fed:
+                if worker.fed[0] is entry:
+                    self.end(worker, "stopped")
+                else:
+                    self.in_flight.give_back(worker.take_back())
+                return entry not in worker.fed or bool(worker.kill_at)
+        return True
+
+    def bury(self, worker: WorkerProcess) -> None:
+        """Take leave of a worker that has ended: read its last words, judge what it ran."""
+        if worker.fed:
+            self.read(worker)
+        self.in_flight.give_back(worker.take_back())
+        worker.drain_log()
+        for descriptor in (worker.stdin, worker.stdout, worker.stderr):
+            self.unwatch(descriptor)
+        cause = worker.bury()
+        self.workers.remove(worker)
+        if not worker.ready and not self.in_flight.stopping:
+            reason = worker.refusal or worker.why or f"a worker has ended with {cause}"
+            self.start_at = time.monotonic() + self.starts.failed(reason)
+        if worker.fed:
+            self.judge(worker, worker.fed.popleft(), cause)
+
+    def judge(self, worker: WorkerProcess, entry: Entry, cause: str) -> None:
+        """Say what becomes of the task that a worker has ended with."""
+        why = worker.why
+        if why in ("", "stopped", "retired") or entry.stopped:
+            log.warning("task %s ended its worker: %s", entry.message.id, why or cause)
+            self.in_flight.died(entry, cause)
+            return
+        reason = why if why.startswith("timed out") else f"its worker {why}"
+        log.warning("task %s failed: %s", entry.message.id, reason)
+        self.in_flight.finish([(entry, entry.report(error=reason))], 0.0)
+
+    def stop(self, now: float) -> None:
+        """Let what runs end by itself, then by signals; let idle workers go."""
+        if self.stop_at == math.inf:
+            self.stop_at = now
+            self.term_at = now + TERM_SHARE * process.STOP_SECONDS
+            for worker in self.workers:
+                self.in_flight.give_back(worker.take_back())
+        for worker in self.workers:
+            if not worker.fed and not worker.why:
+                self.unwatch(worker.stdin)
+                worker.retire()
+        if now >= self.term_at:
+            self.term_at = math.inf
+            for worker in self.workers:
+                if worker.fed and not worker.kill_at:
+                    self.end(worker, "stopped")
+                    most = self.stop_at + KILL_SHARE * process.STOP_SECONDS
+                    worker.kill_at = min(worker.kill_at, most)
 
 
-def start(in_flight: InFlight, handler: Callable[[str], Any]) -> None:
-    """Start CONCURRENCY worker threads."""
-    for number in range(CONCURRENCY):
-        threading.Thread(
-            target=work, args=(in_flight, handler), name=f"worker-{number}", daemon=True
-        ).start()
+def fitting(entries: list[Entry]) -> list[Entry]:
+    """Return the first of these tasks, as many as a worker's pipe can hold, or one."""
+    size = 0
+    for index, entry in enumerate(entries):
+        size += entry.size
+        if index and size > MAX_AHEAD_BYTES:
+            return entries[:index]
+    return entries
+
+
+def limit_of(entry: Entry) -> float | None:
+    """Return the seconds that a run of a task may take; None for no limit."""
+    return entry.message.timeout or TASK_TIMEOUT_SECONDS or None
+
+
+def raise_limit() -> None:
+    """Allow as many open files as the workers' pipes may need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 256 + 8 * CONCURRENCY
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -55,7 +55,6 @@ class Project:
             "DATABASE_URL": postgres.url,
             "RABBITMQ_URL": rabbit.url,
             "PRODUCER_URL": self.address,
-            "PYTHONPATH": f"{HERE / 'handlers'}:{self.env.get('PYTHONPATH', '')}",
         }
         services = [
             Service(f"{role}.py", env, self.run / f"{name}.log")

@@ -1,8 +1,10 @@
 """Handlers that the tests give to consumers, HANDLER=handlers:NAME; each run is a line in RUNS."""
 
+import asyncio
 import mmap
 import os
 import pathlib
+import signal
 import struct
 import time
 from collections.abc import Iterator
@@ -20,6 +22,17 @@ def note(text: str) -> str | None:
             raise ValueError(f"told to fail: {text}")
         elif name == "die":
             os._exit(9)
+        elif name == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif name == "kill":  # the whole consumer
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+        elif name == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif name == "burn":
+            end = time.process_time() + float(value)
+            while time.process_time() < end:
+                pass
         elif name == "exit":
             raise SystemExit(3)
         elif name == "scream":
@@ -40,8 +53,11 @@ def fail_twice(text: str) -> str:
     return f"run {runs}"
 
 
-async def asynchronous(text: str) -> None:
-    """Look like a handler: a call would only make a coroutine."""
+async def asynchronous(text: str) -> str:
+    """Note the run, and answer after a pause that others could use."""
+    await asyncio.sleep(0.01)
+    note(text)
+    return f"awaited {text}"
 
 
 def generator(text: str) -> Iterator[str]:
@@ -51,7 +67,7 @@ def generator(text: str) -> Iterator[str]:
 
 def lazy(text: str) -> object:
     """Return what would still have to be run."""
-    return asynchronous(text)
+    return generator(text)
 
 
 def count(text: str) -> None:

@@ -1,12 +1,30 @@
-"""What a consumer has in flight, without a broker: who may start beside whom, what goes back."""
+"""What a consumer has in flight, without a broker: what may start, is asked about, or goes back."""
+
+import time
 
 import pytest
 
 import in_flight
-from in_flight import Entry, InFlight
+from in_flight import Answer, Entry, InFlight
 from task import Message, Report
 
 pytestmark = pytest.mark.pure
+
+ME = "11111111-0000-0000-0000-000000000000"
+
+
+class Subscription:
+    """A connection that remembers how its deliveries were settled."""
+
+    def __init__(self) -> None:
+        self.connection = self
+        self.settled: dict[int, str] = {}
+
+    def add_callback_threadsafe(self, call: object) -> None:
+        call()
+
+    def settle(self, tags: dict[int, str]) -> None:
+        self.settled |= tags
 
 
 @pytest.fixture
@@ -17,64 +35,192 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def task(name: str, now: float, suspect: bool = False) -> Entry:
-    """Return a task as it is delivered."""
-    return Entry(Message(name, name, 1), 10, suspect=suspect, since=now)
+@pytest.fixture
+def broker() -> Subscription:
+    """A connection that delivers."""
+    return Subscription()
 
 
-def start(flight: InFlight, clock: list[float], *names: str) -> list[Entry]:
-    """Let these tasks be taken and run."""
-    flight.admit([task(name, clock[0]) for name in names])
-    return [flight.take() for _ in names]
+def entry(broker: Subscription, name: str, tag: int, **fields: object) -> Entry:
+    """Return a task as it is delivered, sent just now."""
+    sent = fields.pop("sent", int(time.time() * 1e6))
+    entry = Entry(Message(name, name, 1, sent), 10, since=in_flight.time.monotonic(), **fields)
+    entry.deliveries.append((broker, tag))
+    return entry
 
 
-def test_a_suspect_waits_for_a_quiet_moment_and_runs_alone(clock: list[float]) -> None:
-    flight = InFlight()
-    [running] = start(flight, clock, "a")
-    flight.admit([task("suspect", clock[0], suspect=True), task("b", clock[0])])
-    assert flight.next() is None  # its turn comes soon
-    flight.finish(running, Report("a", "success"))
-    suspect = flight.take()
-    assert suspect.message.id == "suspect"
-    assert flight.next() is None
-    flight.finish(suspect, Report("suspect", "success"))
-    assert flight.next().message.id == "b"
+def flight() -> InFlight:
+    """Return an empty one that knows the database's clock."""
+    flight = InFlight(ME)
+    flight.skew = 0.0
+    return flight
 
 
-def test_fresh_tasks_behind_a_long_suspect_go_back(clock: list[float]) -> None:
-    flight = InFlight()
-    flight.admit([task("suspect", clock[0], suspect=True), task("b", clock[0])])
-    assert flight.take().suspect
-    clock[0] += 1.5 * in_flight.STUCK_SECONDS
-    assert [each.message.id for each in flight.take_stuck(4, patient=False)] == ["b"]
+def answered(flight: InFlight, refused: dict | None = None, alone: set = frozenset()) -> list:
+    """Have what is to be reported answered; return the reports."""
+    group = flight.collect(0.0, float("inf"))
+    flight.accept(group, Answer(refused or {}, alone))
+    return [report for _, report in group]
 
 
-def test_a_suspect_that_was_handed_back_has_its_turn_next(clock: list[float]) -> None:
-    flight = InFlight()
-    first, second = start(flight, clock, "a", "b")
-    flight.admit([task("suspect", clock[0], suspect=True)])
-    clock[0] += 1.5 * in_flight.STUCK_SECONDS
-    flight.admit([task("c", clock[0])])
-    assert [each.message.id for each in flight.take_stuck(3, patient=False)] == ["suspect"]
-    assert flight.next().message.id == "c"  # meanwhile the others go on
-    flight.admit([task("suspect", clock[0], suspect=True), task("d", clock[0])])
-    clock[0] += 1.5 * in_flight.STUCK_SECONDS
-    assert [each.message.id for each in flight.take_stuck(3, patient=False)] == ["d"]
-    flight.admit([task("e", clock[0])])
-    assert flight.next() is None  # nothing starts before it, however long the others take
-    for each in (first, second):
-        flight.finish(each, Report(each.message.id, "success"))
-    assert flight.take().message.id == "suspect"
+def names(entries: list[Entry]) -> list[str]:
+    return [each.message.id for each in entries]
 
 
-def test_with_a_fixed_prefetch_only_what_waits_behind_long_tasks_goes_back(
-    clock: list[float],
+def test_a_suspect_is_asked_about_for_an_idle_worker_and_is_held(
+    clock: list[float], broker: Subscription
 ) -> None:
-    flight = InFlight()
-    [running] = start(flight, clock, "a")
-    flight.admit([task("b", clock[0])])
+    tasks = flight()
+    tasks.admit([entry(broker, "s", 1, suspect=True), entry(broker, "a", 2)])
+    assert tasks.take(0, 0) == [] and not tasks.asking
+    assert names(tasks.take(2, 2)) == ["a"]  # beside it, another starts at once
+    [report] = answered(tasks)
+    assert report.started and report.holder == ME and report.alone is True
+    assert broker.settled == {1: in_flight.HELD}
+    assert names(tasks.take(1, 1)) == ["s"]
+
+
+def test_nothing_waits_for_a_suspect_whose_answer_does_not_come(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, "s", 1, suspect=True), entry(broker, "a", 2)])
+    assert tasks.take(1, 1) == []
+    clock[0] += 2 * in_flight.RESERVED_SECONDS
+    assert names(tasks.take(1, 1)) == ["a"]
+
+
+def test_of_two_suspects_one_may_get_the_turn_to_run_alone(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, name, tag, suspect=True) for tag, name in enumerate("abc")])
+    tasks.take(2, 2)
+    assert [report.alone for report in answered(tasks, alone={0})] == [True, False]
+    first = tasks.take(2, 2)[0]
+    tasks.take(1, 1)
+    assert [report.alone for report in answered(tasks)] == [False]
+    tasks.finish([(first, Report("a", "success"))], 1.0)
+    assert tasks.alone is None
+
+
+def test_a_message_that_has_waited_is_asked_about_uncounted(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    old = int((time.time() - 5) * 1e6)
+    tasks.admit([entry(broker, name, tag, sent=old) for tag, name in enumerate("ab")])
+    assert tasks.take(1, 2) == []
+    assert [report.started for report in answered(tasks, refused={0: "finished"})] == [None, None]
+    assert broker.settled == {0: in_flight.ACK}
+    assert names(tasks.take(1, 2)) == ["b"]
+
+
+def test_what_was_checked_is_checked_again_when_it_waits_on(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, "a", 1, sent=1)])
+    tasks.take(1, 1)
+    answered(tasks)
+    clock[0] += 2 * in_flight.CURRENT_SECONDS
+    assert tasks.take(1, 1) == [] and len(tasks.asking) == 1
+
+
+def test_a_newer_copy_takes_the_place_of_an_older_one(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, "a", 1, sent=1)])
+    tasks.take(1, 1)
+    group = tasks.collect(0.0, float("inf"))
+    tasks.admit([entry(broker, "a", 2, sent=2)])  # while the older one is asked about
+    tasks.admit([entry(broker, "a", 3, sent=1)])
+    assert broker.settled == {1: in_flight.ACK, 3: in_flight.ACK}
+    tasks.accept(group, Answer({0: "stale"}, set()))
+    [report] = answered(tasks)
+    assert report.sent == 2
+    assert names(tasks.take(1, 1)) == ["a"]
+
+
+def test_a_failure_goes_by_its_dead_letter_or_by_the_row_and_counts_once(
+    clock: list[float], broker: Subscription
+) -> None:
+    for held, status, verdict in ((False, None, in_flight.DEAD_LETTER), (True, "error", None)):
+        tasks, broker.settled = flight(), {}
+        tasks.admit([entry(broker, "a", 1)])
+        [task] = tasks.take(1, 1)
+        named = {"taskId": "a", "attempt": 1}
+        if held:
+            tasks.heard({"held": [named], "stop": []}, 0.0)
+            assert broker.settled == {1: in_flight.HELD}
+            broker.settled = {}
+        tasks.finish([(task, task.report(error="why"))], 1.0)
+        tasks.heard({"held": [named], "stop": []}, 0.0)  # a late answer is ignored
+        [report] = answered(tasks)
+        assert (report.status, report.error) == (status, "why")
+        assert broker.settled.get(1) == verdict
+
+
+def test_what_a_worker_has_not_begun_comes_back_in_order(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, name, tag) for tag, name in enumerate("abcd")])
+    fed = tasks.take(1, 3)
+    tasks.give_back(fed[1:])
+    assert names(tasks.take(1, 4)) == ["b", "c", "d"]
+
+
+def test_a_task_that_is_stopped_is_dropped_wherever_it_is(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, name, tag) for tag, name in enumerate("abc")])
+    running, ahead = tasks.take(1, 2)
+    stop = [{"taskId": name, "attempt": 1} for name in "abc"]
+    tasks.heard({"held": [], "stop": stop}, 0.0)
+    assert broker.settled == {2: in_flight.ACK}  # it waited
+    assert tasks.take_stops() == [running, ahead]
+    tasks.give_back([ahead])
+    tasks.died(running, "SIGTERM")
+    assert broker.settled == dict.fromkeys(range(3), in_flight.ACK)
+    assert tasks.entries == {} and tasks.is_quiet()
+
+
+def test_a_stop_releases_what_runs_and_what_was_allowed(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, "s", 1, suspect=True), entry(broker, "a", 2)])
+    [running] = tasks.take(2, 2)
+    [asked] = answered(tasks)
+    tasks.stop()
+    tasks.died(running, "SIGKILL")
+    reports = {report.id: report for report in answered(tasks)}
+    assert {name: report.release for name, report in reports.items()} == {"s": 0.0, "a": 0.0}
+    assert reports["s"].started == asked.started
+    assert broker.settled == {1: in_flight.HELD, 2: in_flight.ACK}
+    assert tasks.is_quiet()
+
+
+def test_what_waits_behind_long_tasks_goes_back(clock: list[float], broker: Subscription) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, "a", 1), entry(broker, "b", 2)])
+    tasks.take(1, 1)
     clock[0] += 1.5 * in_flight.STUCK_SECONDS
-    running.since = clock[0] - 0.1
-    assert flight.take_stuck(1, patient=True) == []
-    running.since = clock[0] - 1.5 * in_flight.STUCK_SECONDS
-    assert [each.message.id for each in flight.take_stuck(1, patient=True)] == ["b"]
+    tasks.admit([entry(broker, "c", 3)])
+    assert names(tasks.take_stuck()) == ["b"]
+
+
+def test_a_lost_connection_takes_along_what_has_not_begun(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, name, tag) for tag, name in enumerate("ab")])
+    [running] = tasks.take(1, 1)
+    tasks.forget(broker)
+    assert list(tasks.entries.values()) == [running]
+    tasks.finish([(running, running.report(error="why"))], 1.0)
+    [report] = answered(tasks)
+    assert report.status == "error"  # there is no message to make a dead letter of

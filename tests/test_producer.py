@@ -27,7 +27,7 @@ def test_a_created_task_is_answered_whole_and_can_be_read(api: Stack) -> None:
     task = created.json()
     assert list(task) == [
         "taskId", "text", "taskStatus", "attempt", "result", "error",
-        "runAt", "createdAt", "sentAt", "finishedAt",
+        "timeoutSeconds", "runAt", "createdAt", "sentAt", "finishedAt",
     ]  # fmt: skip
     assert (task["text"], task["taskStatus"], task["attempt"]) == ("любой текст", "pending", 1)
     assert task["createdAt"].endswith("Z")
@@ -72,7 +72,7 @@ def test_a_repeated_task_id_is_one_task_and_another_text_a_conflict(api: Stack) 
         (b'{"text": "a\\u0000b"}', 400, "NUL"),
         (b'{"text": "\\ud800"}', 400, "surrogates"),
         (json.dumps({"text": "x" * (1024 * 1024 + 1)}).encode(), 400, "1048576 bytes"),
-        (b'{"text": "a", "runat": "x"}', 400, "expected only text, taskId and runAt"),
+        (b'{"text": "a", "runat": "x"}', 400, "expected only text, taskId, runAt, timeoutSeconds"),
         (b'{"text": "a", "taskId": "5"}', 400, "taskId: expected a UUID"),
         (b'{"text": "a", "runAt": "soon"}', 400, "runAt: expected ISO 8601"),
         (b'{"text": "a", "runAt": 5}', 400, "runAt: expected ISO 8601"),
@@ -310,7 +310,9 @@ def test_chunked_bodies_are_taken(api: Stack) -> None:
         ("consumer", "PREFETCH", "some"),
         ("producer", "HTTP_CONNECTIONS", "0"),
         ("consumer", "HANDLER", "nowhere:function"),
-        ("consumer", "HANDLER", "handlers:asynchronous"),
+        ("consumer", "WORKER", "no-such-program --fast"),
+        ("consumer", "TASK_TIMEOUT_SECONDS", "-1"),
+        ("consumer", "STOP_SECONDS", "0"),
         ("consumer", "HANDLER", "handlers:generator"),
         ("consumer", "PRODUCER_URL", "ftp://x"),
         ("dlq_watcher", "SENT_TIMEOUT_SECONDS", "soon"),

@@ -1,0 +1,215 @@
+"""Who holds which row: leases, their rescue, and the consumers' heartbeats. Only the producer
+imports this, and every function runs inside the transaction of the cursor that it gets."""
+
+import json
+import math
+from typing import Any, NamedTuple
+
+import database
+import process
+import task
+
+MAX_NAMED = 10_000
+MAX_WORD_BYTES = 255
+
+# The same attempt again: neither a failure nor a new run if a copy turns up after all. The holder
+# stays, so that the next consumer asks before it starts the task. Only what was over when the last
+# turn began: whoever was frozen since then could not renew.
+RESCUE_LOST_TASKS = """
+UPDATE tasks
+SET status = 'pending', sent_at = NULL, lease_until = NULL
+WHERE id = ANY(ARRAY(
+    SELECT id FROM tasks
+    WHERE status = 'sent' AND lease_until < to_timestamp(%(as_of)s)
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING id
+"""
+
+# Leases of a clock that was ahead, of a server that failed over for instance: the rescue would wait
+# until they have passed. And rows that a producer of version 1.1 has sent.
+CUT_LEASES = """
+UPDATE tasks
+SET lease_until = now() + make_interval(secs => %(seconds)s)
+WHERE id = ANY(ARRAY(
+    SELECT id FROM tasks
+    WHERE status = 'sent'
+        AND (lease_until IS NULL OR lease_until > now() + make_interval(secs => %(seconds)s + 1))
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+"""
+
+# Rows that somebody else has locked are skipped: the others' leases must not lapse for them.
+HOLD_TASKS = """
+WITH mine AS MATERIALIZED (
+    SELECT tasks.id
+    FROM tasks
+    JOIN unnest(%(ids)s::uuid[], %(attempts)s::int[]) AS named (id, attempt)
+        ON tasks.id = named.id AND tasks.attempt = named.attempt
+    WHERE status IN ('pending', 'sent')
+        AND (holder IS NULL OR holder IN (%(consumer)s::uuid, %(nobody)s::uuid))
+    ORDER BY tasks.id
+    FOR UPDATE OF tasks SKIP LOCKED
+)
+UPDATE tasks
+SET status = 'sent',
+    delayed = false,
+    sent_at = coalesce(sent_at, now()),
+    holder = %(consumer)s::uuid,
+    lease_until = now() + make_interval(secs => %(seconds)s)
+FROM mine
+WHERE tasks.id = mine.id
+RETURNING tasks.id, tasks.attempt
+"""
+
+SELECT_RUNNING = """
+SELECT id, status, attempt, holder, extract(epoch FROM lease_until - now())::float8
+FROM tasks
+WHERE id = ANY(%(ids)s::uuid[])
+"""
+
+UPSERT_CONSUMER = """
+INSERT INTO consumers (id, host, concurrency, version, tasks)
+VALUES (%(consumer)s::uuid, %(host)s, %(concurrency)s, %(version)s, %(tasks)s)
+ON CONFLICT (id) DO UPDATE
+SET host = excluded.host,
+    concurrency = excluded.concurrency,
+    version = excluded.version,
+    tasks = excluded.tasks,
+    seen_at = now()
+"""
+
+DELETE_SILENT_CONSUMERS = "DELETE FROM consumers WHERE seen_at < now() - interval '1 day'"
+
+# The database's time in seconds since 1970, and how long ago the last heartbeat came.
+SELECT_CLOCK = """
+SELECT
+    extract(epoch FROM clock_timestamp())::float8,
+    (SELECT extract(epoch FROM clock_timestamp() - max(seen_at))::float8 FROM consumers)
+"""
+
+
+class Named(NamedTuple):
+    """A task that a consumer has in flight: for so many seconds it runs, or waits."""
+
+    task_id: str
+    attempt: int
+    seconds: float
+    state: str
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether it has begun."""
+        return self.state == "running"
+
+
+class Heartbeat(NamedTuple):
+    """What a consumer says of itself."""
+
+    consumer: str  # a UUID
+    host: str
+    concurrency: int
+    version: str
+    tasks: list[Named]
+
+
+def parse_heartbeat(body: Any) -> Heartbeat:
+    """Return the heartbeat in a JSON object; raise ValueError saying what was expected."""
+    if not isinstance(body, dict) or not isinstance(body.get("tasks"), list):
+        raise ValueError(
+            'expected {"consumer", "host", "concurrency", "version", "tasks": [...]}, '
+            f"got {task.shorten(body)}"
+        )
+    if len(body["tasks"]) > MAX_NAMED:
+        raise ValueError(f"tasks: expected at most {MAX_NAMED}, got {len(body['tasks'])}")
+    concurrency = body.get("concurrency")
+    if type(concurrency) is not int or not 0 <= concurrency <= MAX_NAMED:
+        raise ValueError(f"concurrency: expected 0 to {MAX_NAMED}, got {task.shorten(concurrency)}")
+    return Heartbeat(
+        task.parse_uuid(body.get("consumer"), "consumer"),
+        task.parse_text(body.get("host"), "host", MAX_WORD_BYTES),
+        concurrency,
+        task.parse_text(body.get("version"), "version", MAX_WORD_BYTES),
+        [parse_named(each) for each in body["tasks"]],
+    )
+
+
+def parse_named(element: Any) -> Named:
+    """Return one task of a heartbeat; raise ValueError saying what was expected."""
+    if not isinstance(element, dict) or type(element.get("attempt")) is not int:
+        expected = '{"taskId", "attempt", "seconds", "state"}'
+        raise ValueError(f"tasks: expected {expected}, got {task.shorten(element)}")
+    return Named(
+        task.parse_uuid(element.get("taskId")),
+        element["attempt"],
+        task.parse_seconds(element.get("seconds"), "seconds"),
+        task.parse_text(element.get("state"), "state", MAX_WORD_BYTES),
+    )
+
+
+def answer_heartbeat(cursor: Any, heartbeat: Heartbeat) -> dict[str, Any]:
+    """Hold what a consumer has run for long, renew what it holds; return the answer: the
+    database's time, what is held, and what it is to stop."""
+    consumer, named = heartbeat.consumer, heartbeat.tasks
+    cursor.execute(SELECT_RUNNING, {"ids": [each.task_id for each in named]})
+    rows = {row[0]: row[1:] for row in cursor}
+    held, stop, due = [], [], []
+    for each in named:
+        status, attempt, holder, lease = rows.get(each.task_id, ("error", 0, None, None))
+        ended = status in task.ENDED or attempt != each.attempt
+        if ended or (holder not in (None, task.NOBODY, consumer) and (lease or 0) > 0):
+            stop.append(each)
+        elif holder == consumer and (lease or 0) >= process.LEASE_SECONDS / 2:
+            held.append(each)
+        elif holder == consumer or (each.is_running and each.seconds >= task.HOLD_SECONDS):
+            due.append(each)
+    if due:
+        ids, attempts = [each.task_id for each in due], [each.attempt for each in due]
+        lease = {"seconds": process.LEASE_SECONDS, "nobody": task.NOBODY, "consumer": consumer}
+        cursor.execute(HOLD_TASKS, lease | {"ids": ids, "attempts": attempts})
+        renewed = {tuple(row) for row in cursor}
+        held += [each for each in due if (each.task_id, each.attempt) in renewed]
+    cursor.execute("SELECT extract(epoch FROM clock_timestamp())::float8")
+    return {"now": cursor.fetchone()[0], "held": keys(held), "stop": keys(stop)}
+
+
+def keys(group: list[Named]) -> list[dict[str, Any]]:
+    """Return the attempts that an answer names."""
+    return [{"taskId": each.task_id, "attempt": each.attempt} for each in group]
+
+
+def note_consumer(cursor: Any, heartbeat: Heartbeat) -> None:
+    """Write a consumer's last heartbeat down."""
+    tasks = [
+        {
+            "taskId": each.task_id,
+            "attempt": each.attempt,
+            "seconds": each.seconds,
+            "state": each.state,
+        }
+        for each in heartbeat.tasks
+    ]
+    cursor.execute(UPSERT_CONSUMER, heartbeat._asdict() | {"tasks": json.dumps(tasks)})
+
+
+def forget_consumers(cursor: Any) -> None:
+    """Delete consumers that have been silent for a day."""
+    cursor.execute(DELETE_SILENT_CONSUMERS)
+
+
+def rescue_lost(cursor: Any, as_of: float) -> list[str]:
+    """Return to pending what was sent and whose lease was over at a time of the database, in
+    seconds since 1970; return the ids."""
+    seconds = process.SENT_TIMEOUT_SECONDS
+    cursor.execute(CUT_LEASES, {"limit": database.HOUSEKEEPING_ROWS, "seconds": seconds})
+    cursor.execute(RESCUE_LOST_TASKS, {"limit": database.HOUSEKEEPING_ROWS, "as_of": as_of})
+    return [task_id for (task_id,) in cursor]
+
+
+def read_clock(cursor: Any) -> tuple[float, float]:
+    """Return the database's time and how long ago the last heartbeat came, both in seconds."""
+    cursor.execute(SELECT_CLOCK)
+    now, silence = cursor.fetchone()
+    return now, math.inf if silence is None else silence

@@ -1,0 +1,187 @@
+"""The rules of the table: what a report does to a row. Pure functions without I/O; the allowed
+transitions, the rule of the attempt and that of the holder are here and nowhere else."""
+
+import random
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import process
+from task import ENDED, NOBODY, Report
+
+MAX_ATTEMPTS = process.setting("MAX_ATTEMPTS", 1, process.whole(1, 1000))
+RETRY_SECONDS = process.setting("RETRY_SECONDS", 5.0, process.number(0, 3600))
+MAX_RETRY_SECONDS = 3600
+MAX_STARTS = 3
+ALONE_SECONDS = 10  # until a task whose turn to run alone was not free is tried again
+
+
+@dataclass(slots=True)
+class Row:
+    """A locked row as the rules see it. sent: as in the message; lease: seconds until it
+    ends; delay: seconds until it is due."""
+
+    id: str
+    status: str
+    attempt: int
+    failures: int
+    starts: int
+    start_token: str | None
+    delayed: bool
+    sent: int | None
+    holder: str | None
+    lease: float | None
+    result: str | None = None
+    error: str | None = None
+    delay: float | None = None
+    changed: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name; dataclasses.asdict() copies deeply, at ten times the price."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def is_held(self) -> bool:
+        """Tell whether a consumer runs the task without a message."""
+        return self.holder not in (None, NOBODY) and (self.lease or 0) > 0
+
+
+class Verdict(NamedTuple):
+    """What became of a report: a code of HTTP, and the reason if it was refused."""
+
+    code: int
+    reason: str = ""
+
+
+ACCEPTED = Verdict(200)
+ALONE = Verdict(200, "alone")  # the task may start, beside no other that has killed workers
+
+
+def judge(row: Row, report: Report) -> Verdict:
+    """Apply one report to a locked row, or say why not; the same report twice changes it once."""
+    if report.attempt is not None and report.attempt != row.attempt:
+        return Verdict(
+            409, f"stale: attempt {report.attempt} is not the current attempt {row.attempt}"
+        )
+    if report.status is None:
+        return judge_running(row, report)
+    if report.status == "sent":
+        return Verdict(409, f"{row.status} does not become sent: only the dispatcher sends")
+    if report.status == row.status and report.reason is None:
+        return ACCEPTED
+    if report.status == "success":
+        change(row, "success")
+        row.result = report.result
+    elif report.status == "pending":
+        run_again(row)
+        row.failures = 0
+    elif row.status == "success":
+        return Verdict(409, "success does not become error; expected success or pending")
+    elif report.attempt is None:  # a cancel: the running copy must not undo it
+        change(row, "error")
+        row.attempt += 1
+        row.error = report.error or "cancelled"
+    elif report.reason is None:
+        count_failure(row, report.error)
+    else:
+        return judge_dead_letter(row, report)
+    return ACCEPTED
+
+
+def judge_dead_letter(row: Row, report: Report) -> Verdict:
+    """Apply what became of a message: its run has failed, or the broker let it expire."""
+    if row.status in ENDED:
+        return ACCEPTED
+    if is_old_copy(row, report):
+        return Verdict(409, "stale: a newer message of this attempt is out")
+    if report.reason == "rejected":
+        count_failure(row, report.error)
+    elif row.status == "sent" and report.sent is not None and not row.is_held():
+        change(row, "pending")
+    return ACCEPTED
+
+
+def judge_running(row: Row, report: Report) -> Verdict:
+    """Answer a consumer that has a message, or the row, of a task that has not ended."""
+    if row.status in ENDED:
+        return Verdict(409, f"finished: the task has ended in {row.status}")
+    if report.holder is None or report.holder != row.holder:
+        if is_old_copy(row, report):
+            return Verdict(409, "stale: a newer message of this attempt is out")
+        if not report.error and row.is_held():
+            return Verdict(409, "held: another consumer runs the task")
+    if report.release is not None:
+        give_back(row, report, report.release)
+        return ACCEPTED
+    if report.error:
+        row.error = report.error
+        row.changed = True
+    if report.started is not None:
+        return start(row, report)
+    if row.status == "sent" and not row.is_held():
+        keep_sent(row)
+    return ACCEPTED
+
+
+def is_old_copy(row: Row, report: Report) -> bool:
+    """Tell whether a report is about another message than the row's last one."""
+    return report.sent is not None and report.sent != row.sent
+
+
+def start(row: Row, report: Report) -> Verdict:
+    """Count the start of a suspect and have its row hold it; the third one fails the attempt."""
+    if report.started != row.start_token:
+        if row.starts + 1 >= MAX_STARTS:
+            cause = f", the last time by {report.error}" if report.error else ""
+            count_failure(row, f"killed its worker {MAX_STARTS} times{cause}")
+            return Verdict(409, row.error or "")
+        if row.starts + 1 == MAX_STARTS - 1 and report.alone is False:
+            give_back(row, report, ALONE_SECONDS)
+            return Verdict(409, f"released: its turn to run alone comes in {ALONE_SECONDS} s")
+        row.starts += 1
+        row.start_token = report.started
+    row.status, row.delayed, row.changed = "sent", False, True
+    if report.holder is not None:
+        row.holder, row.lease = report.holder, process.LEASE_SECONDS
+    return ALONE if row.starts == MAX_STARTS - 1 else ACCEPTED
+
+
+def give_back(row: Row, report: Report, seconds: float) -> None:
+    """Let the same attempt be picked again after some seconds; a start of it does not count."""
+    change(row, "pending")
+    row.delay = seconds or None
+    row.delayed = seconds > 0
+    if report.started is not None and report.started == row.start_token:
+        row.starts, row.start_token = row.starts - 1, None
+
+
+def keep_sent(row: Row) -> None:
+    """Give a sent row that is in flight at a consumer of version 1.1 the whole time-out again."""
+    if row.lease is None or row.lease < process.SENT_TIMEOUT_SECONDS / 2:
+        row.lease, row.changed = process.SENT_TIMEOUT_SECONDS, True
+
+
+def count_failure(row: Row, error: str | None) -> None:
+    """Count a failed attempt: back to pending after a pause while attempts are left, else error."""
+    row.failures += 1
+    row.error = error or row.error
+    if row.failures >= MAX_ATTEMPTS:
+        change(row, "error")
+        return
+    run_again(row)
+    pause = RETRY_SECONDS * 2 ** min(row.failures - 1, 20)
+    row.delay = min(pause * random.uniform(1, 1.25), MAX_RETRY_SECONDS)
+    row.delayed = row.delay > 0
+
+
+def run_again(row: Row) -> None:
+    """Begin a new attempt; whatever is still under way for the old one is stale from here on."""
+    change(row, "pending")
+    row.attempt += 1
+    row.starts = 0
+
+
+def change(row: Row, status: str) -> None:
+    """Set a status. Nobody holds the row any more, and it waits for no time."""
+    row.status = status
+    row.delayed = False
+    row.holder = None
+    row.changed = True
