@@ -6,6 +6,7 @@ Run it with `python consumer.py`. Exit codes: 0 stopped, 1 crash, 2 bad configur
 import collections
 import logging
 import math
+import os
 import pathlib
 import sys
 import threading
@@ -41,6 +42,7 @@ MAX_WINDOW_BYTES = 16 * 1024 * 1024
 ADJUST_SECONDS = 0.1
 HEALTH_SECONDS = 10
 REPORT_TURN_SECONDS = 0.02
+OVERTIME_SECONDS = 5  # after STOP_SECONDS; Compose kills at ten
 
 
 class Subscription:
@@ -250,6 +252,16 @@ class Consumer:
             subscription.settle(dict.fromkeys(tags, REQUEUE))
 
 
+def stop_in_time(stop: threading.Event, in_flight: InFlight) -> None:
+    """Stop the work even while the I/O thread waits for a broker that does not answer, and end the
+    process if that takes too long: the body of a thread."""
+    stop.wait()
+    in_flight.stop()
+    time.sleep(process.STOP_SECONDS + OVERTIME_SECONDS)
+    log.error("not stopped after %g seconds: the broker does not answer", process.STOP_SECONDS)
+    os._exit(1)
+
+
 def main() -> None:
     """Consume until SIGTERM or SIGINT; then finish and report what runs."""
     process.start_logging()
@@ -271,6 +283,7 @@ def main() -> None:
         sys.exit(2)
     watcher.start()
     threading.Thread(target=reports.run, name="reporter", daemon=True).start()
+    threading.Thread(target=stop_in_time, args=(stop, in_flight), name="stop", daemon=True).start()
     log.info("consuming with up to %d workers, as %s", CONCURRENCY, in_flight.consumer)
     consumer = Consumer(stop, in_flight, pool)
     broker.keep_connected("consumer", stop, consumer.consume)

@@ -151,8 +151,8 @@ class WorkerProcess:
                 self.silent_at = time.monotonic()
                 break
             self.unread += data
-            *lines, rest = self.unread.split(b"\n")
-            self.unread = rest
+            *lines, rest = bytes(self.unread).split(b"\n")
+            self.unread = bytearray(rest)
             try:
                 for line in lines:
                     if outcome := self.parse(line):
@@ -169,7 +169,7 @@ class WorkerProcess:
                 break
         return ended
 
-    def parse(self, line: bytes | bytearray) -> tuple[Entry, Report] | None:
+    def parse(self, line: bytes) -> tuple[Entry, Report] | None:
         """Return the task and its report that a line stands for; None for a word about itself."""
         try:
             outcome = json.loads(line)
@@ -180,15 +180,16 @@ class WorkerProcess:
             self.refusal = "" if self.ready else storable(outcome.get("error"))
             return None
         if not isinstance(outcome, dict) or not self.fed:
-            shown = process.printable(line[:80])
-            raise Garbage(f'wrote {shown}, expected {{"id", "result"}} or {{"id", "error"}}')
+            raise Garbage(
+                f'wrote {start_of(line)}, expected {{"id", "result"}} or {{"id", "error"}}'
+            )
         entry = self.fed[0]
         if outcome.get("id") != entry.message.id:
             shown = process.printable(outcome.get("id"))
             raise Garbage(f"answered {shown}, expected the id of its task")
         result, error = outcome.get("result"), outcome.get("error")
         if not isinstance(error if error is not None else result, str | None):
-            raise Garbage(f"wrote {process.printable(line[:80])}, expected a string or null")
+            raise Garbage(f"wrote {start_of(line)}, expected a string or null")
         self.fed.popleft()
         self.answered += 1
         if error is None:
@@ -264,3 +265,8 @@ class WorkerProcess:
         with contextlib.suppress(ValueError):  # a number without a name
             return signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"signal {-code}"
+
+
+def start_of(line: bytes) -> str:
+    """Return what stands in an error for a line."""
+    return process.printable(line[:80].decode("utf-8", "replace"))

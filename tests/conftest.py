@@ -11,6 +11,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from native import servers
 from tests import containers
+from tests.proxy import Proxy
 from tests.stack import Stack, clean_environment
 
 clean_environment()
@@ -25,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the distribution's PostgreSQL and RabbitMQ, or the images of docker-compose.yml",
     )
     parser.addoption("--chaos-seconds", type=float, default=60, help="how long faults go on")
+    parser.addoption(
+        "--full-times", action="store_true", help="wait as long as a service without settings does"
+    )
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat one run's faults")
 
 
@@ -106,3 +110,17 @@ def api(stack: Stack) -> Stack:
     """A project whose producer runs and whose tasks nobody takes."""
     stack.producer()
     return stack
+
+
+@pytest.fixture
+def proxy() -> Iterator[Any]:
+    """Make proxies; they are closed with the test."""
+    proxies: list[Proxy] = []
+
+    def make(target: int) -> Proxy:
+        proxies.append(Proxy(target))
+        return proxies[-1]
+
+    yield make
+    for each in proxies:
+        each.close()

@@ -48,64 +48,6 @@ def started(stack: Stack, runs: pathlib.Path, text: str, times: int = 1) -> None
     until(lambda: stack.runs(runs).get(text, 0) >= times, what=f"{text} begun {times} times")
 
 
-class Proxy:
-    """A TCP proxy on a free port whose connections can be frozen or cut, each way."""
-
-    def __init__(self, target: int) -> None:
-        self.target = target
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.frozen = threading.Event()
-        self.pairs: list[tuple[socket.socket, socket.socket]] = []
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.target))
-                self.pairs.append((client, server))
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
-
-    def pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                while self.frozen.is_set():
-                    time.sleep(0.05)
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self) -> None:
-        """Close every connection; new ones are accepted."""
-        for pair in self.pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self.pairs.clear()
-
-    def close(self) -> None:
-        self.listener.close()
-        self.frozen.clear()
-        self.cut()
-
-
-@pytest.fixture
-def proxy() -> Iterator[Any]:
-    """Make proxies; they are closed with the test."""
-    proxies: list[Proxy] = []
-
-    def make(target: int) -> Proxy:
-        proxies.append(Proxy(target))
-        return proxies[-1]
-
-    yield make
-    for each in proxies:
-        each.close()
-
-
 def test_tasks_of_a_killed_consumer_are_run_by_another(stack: Stack, runs: pathlib.Path) -> None:
     stack.producer()
     victim = stack.consumer(**handler(runs, CONCURRENCY=2))
