@@ -59,7 +59,7 @@ class Subscription:
         self.arrived: list[Entry] = []
         self.unsettled: dict[int, str] = {}  # delivery tags, ascending, with their consumer tags
         self.counts: dict[str, int] = {}  # the prefetch counts of consumer tags
-        self.loads: collections.Counter[str] = collections.Counter()  # unsettled messages of tags
+        self.loads: dict[str, int] = {}  # unsettled messages of consumer tags
         self.held: dict[int, str] = {}  # to be acked when the window is smaller
         broker.raise_when_cancelled(channel)
 
@@ -90,7 +90,7 @@ class Subscription:
 
     def unused(self, tag: str) -> int:
         """Return how many messages the broker may still send for a consumer tag."""
-        return self.counts[tag] - self.loads[tag]
+        return self.counts[tag] - self.loads.get(tag, 0)
 
     def is_full(self) -> bool:
         """Tell whether no message can be on its way."""
@@ -99,14 +99,15 @@ class Subscription:
     def unload(self, tag: int) -> None:
         """Forget a delivery."""
         consumer_tag = self.unsettled.pop(tag)
-        self.loads[consumer_tag] -= 1
-        if not self.loads[consumer_tag]:
-            del self.loads[consumer_tag]
+        load = self.loads.pop(consumer_tag) - 1
+        if load:
+            self.loads[consumer_tag] = load
 
     def on_message(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """Take a delivery; what is not a task of ours goes to the dead letters."""
-        self.unsettled[method.delivery_tag] = method.consumer_tag
-        self.loads[method.consumer_tag] += 1
+        consumer_tag = method.consumer_tag
+        self.unsettled[method.delivery_tag] = consumer_tag
+        self.loads[consumer_tag] = self.loads.get(consumer_tag, 0) + 1
         try:
             message = task.parse_message(body)
         except ValueError as error:
@@ -115,9 +116,8 @@ class Subscription:
             self.settle({method.delivery_tag: DEAD_LETTER})
             return
         suspect = method.redelivered or broker.SUSPECT in (properties.headers or {})
-        entry = Entry(message, len(body), suspect)
-        entry.deliveries.append((self, method.delivery_tag))
-        self.arrived.append(entry)
+        delivery = self, method.delivery_tag
+        self.arrived.append(Entry(message, len(body), suspect, [delivery], time.monotonic()))
 
     def settle(self, verdicts: dict[int, str]) -> None:
         """Ack, dead-letter or requeue deliveries, each run of equals at the front by one frame.
@@ -267,7 +267,7 @@ def main() -> None:
     process.start_logging()
     stop = threading.Event()
     process.stop_on_signals(stop)
-    in_flight = InFlight(str(uuid.uuid4()))
+    in_flight = InFlight(str(uuid.uuid4()), CONCURRENCY)
     pool = Pool(in_flight)
     watched = threading.Event()  # after the last failed task became a dead letter
     watcher = threading.Thread(

@@ -46,9 +46,9 @@ class Entry:
 
     message: Message
     size: int  # of the message, in bytes
-    suspect: bool = False  # its last worker died with it, or somebody has had its message before
-    deliveries: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
-    since: float = dataclasses.field(default_factory=time.monotonic)
+    suspect: bool  # its last worker died with it, or somebody has had its message before
+    deliveries: list[tuple[Any, int]]  # the subscription and the tag of each
+    since: float
     state: str = WAITING
     current_until: float = 0.0  # afterwards the producer is asked before it starts
     asked_at: float = 0.0
@@ -57,10 +57,11 @@ class Entry:
     started: float = 0.0  # 0: it has not begun
     held: bool = False  # by the row: the message is acked
     stopped: bool = False  # cancelled, or somebody else has it
-    key: tuple[str, int] = ("", 0)  # what copies of the same attempt have in common
 
-    def __post_init__(self) -> None:
-        self.key = self.message.id, self.message.attempt
+    @property
+    def key(self) -> tuple[str, int]:
+        """What copies of the same attempt have in common."""
+        return self.message.id, self.message.attempt
 
     def join(self, copy: "Entry") -> None:
         """Take over the delivery of a copy; the older message of the two is superfluous."""
@@ -86,8 +87,11 @@ class InFlight:
     """The entries of this process. An entry waits, is asked about if need be, is fed to a worker,
     done, and settled when its report is accepted."""
 
-    def __init__(self, consumer: str) -> None:
+    def __init__(self, consumer: str, workers: int) -> None:
         self.consumer = consumer  # a UUID
+        self.workers = workers  # at most
+        self.fed = 0  # tasks that workers have
+        self.news = False  # the reporter is to be woken
         self.lock = threading.Lock()
         self.reports = threading.Condition(self.lock)  # the reporter waits here
         self.wake: Callable[[], None] = lambda: None  # lets the pool look for work
@@ -106,7 +110,7 @@ class InFlight:
     def admit(self, entries: list[Entry]) -> None:
         """Take deliveries in; a copy of what is in flight already joins it."""
         with self.lock:
-            now = time.monotonic()
+            skew = 0.0 if self.skew is None else time.time() + self.skew - time.monotonic()
             for entry in entries:
                 known = self.entries.setdefault(entry.key, entry)
                 if known is not entry:
@@ -114,16 +118,12 @@ class InFlight:
                 elif entry.suspect:
                     self.suspects.append(entry)
                 else:
-                    entry.current_until = self.current_until(entry.message, now)
+                    if skew and entry.message.sent:
+                        # If the database's clock was set back, we do not know: it is asked about.
+                        until = entry.message.sent / 1e6 - skew + CURRENT_SECONDS
+                        entry.current_until = until if until < entry.since + 2 else 0.0
                     self.fresh.append(entry)
         self.wake()
-
-    def current_until(self, message: Message, now: float) -> float:
-        """Return when a message will have waited for CURRENT_SECONDS, by the database's clock."""
-        if self.skew is None or message.sent is None:
-            return 0.0
-        age = time.time() + self.skew - message.sent / 1e6
-        return now + CURRENT_SECONDS - age if age > -CURRENT_SECONDS else 0.0
 
     def take(self, idle: int, room: int) -> list[Entry]:
         """Return what may be fed now: to `idle` workers, and of fresh tasks up to `room` lines.
@@ -139,22 +139,34 @@ class InFlight:
             while self.allowed and len(taken) < idle:
                 taken.append(self.allowed.popleft())
             idle, room = idle - len(taken), room - len(taken)
+            checks = room + self.workers  # also of what may start next: no worker waits for that
             for entry in self.asking:
-                if not entry.suspect or now - entry.asked_at < RESERVED_SECONDS:
-                    idle, room = idle - entry.suspect, room - 1
+                if not entry.suspect:
+                    checks -= 1
+                elif now - entry.asked_at < RESERVED_SECONDS:
+                    idle, room = idle - 1, room - 1
             while self.suspects and idle > 0:
                 self.ask(self.suspects.popleft(), now)
                 idle, room = idle - 1, room - 1
-            while self.fresh and room > 0:
+            while self.fresh:
+                is_current = self.fresh[0].current_until >= now
+                if (room if is_current else checks) <= 0:
+                    break
                 entry = self.fresh.popleft()
-                if entry.current_until < now:
-                    self.ask(entry, now)
-                else:
+                if is_current:
                     taken.append(entry)
-                room -= 1
+                    room -= 1
+                else:
+                    self.ask(entry, now)
+                    checks -= 1
             for entry in taken:
                 entry.state = FED
+            self.fed += len(taken)
             return taken
+
+    def has_more(self) -> bool:
+        """Tell whether tasks wait that will soon be done. The lock is held."""
+        return bool(self.fresh) or self.fed > self.workers
 
     def ask(self, entry: Entry, now: float) -> None:
         """Have the reporter ask whether a task may start. The lock is held."""
@@ -162,7 +174,7 @@ class InFlight:
         if entry.suspect and not entry.token:
             entry.token = uuid.uuid4().hex
         self.asking[entry] = None
-        self.reports.notify()
+        self.news = True
 
     def waiting(self) -> tuple[int, bool]:
         """Return how many tasks wait for a worker, and whether a suspect is among them."""
@@ -177,9 +189,17 @@ class InFlight:
                 entry.state = DONE
                 self.leave(entry)
             self.done += ended
+            self.fed -= len(ended)
             self.finished += len(ended)
             self.busy_seconds += seconds
-            if len(self.done) == len(ended) or not self.fresh:
+            self.news = self.news or len(self.done) == len(ended) or not self.has_more()
+
+    def announce(self) -> None:
+        """Let the reporter go on, after what has ended was followed by asks for what comes next:
+        one PUT takes both."""
+        if self.news:
+            with self.lock:
+                self.news = False
                 self.reports.notify()
 
     def leave(self, entry: Entry) -> None:
@@ -190,6 +210,7 @@ class InFlight:
     def give_back(self, entries: list[Entry]) -> None:
         """Take tasks back that a worker was fed and has not begun, in their order."""
         with self.lock:
+            self.fed -= len(entries)
             for entry in reversed(entries):
                 entry.state, entry.started = WAITING, 0.0
                 if entry.stopped or not (entry.held or entry.deliveries):
@@ -205,6 +226,7 @@ class InFlight:
     def died(self, entry: Entry, cause: str) -> None:
         """Take a task whose worker ended with it, by itself or because it was told to stop."""
         with self.lock:
+            self.fed -= 1
             self.leave(entry)
             if entry.stopped:
                 self.drop([(entry, ACK)])
@@ -232,13 +254,14 @@ class InFlight:
         """Wait until something is to be reported and return it, outcomes and asks; nothing when a
         heartbeat is due.
 
-        Outcomes go out when nothing fresh waits or REPORT_SECONDS after the last report: one at a
+        Outcomes go out when no others come soon, or REPORT_SECONDS after the last report: one at a
         time when tasks are slow, hundreds together when they are fast.
         """
         with self.lock:
             while True:
                 now = time.monotonic()
-                report_at = last + REPORT_SECONDS if self.fresh and not self.stopping else now
+                soon = self.has_more() and not self.stopping
+                report_at = last + REPORT_SECONDS if soon else now
                 if now >= beat_at:
                     return []
                 if self.asking or (self.done and now >= report_at):

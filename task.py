@@ -53,9 +53,11 @@ class Message(NamedTuple):
 def parse_message(body: bytes) -> Message:
     """Return the task in a message; raise ValueError if it holds none of ours."""
     try:
-        fields = json.loads(body)
+        fields = json.loads(body.decode())  # bytes would cost a look for UTF-16
         task_id, text, attempt = parse_uuid(fields["id"]), fields["text"], fields["attempt"]
-        sent, timeout = fields.get("sent"), parse_timeout(fields.get("timeoutSeconds"))
+        sent, timeout = fields.get("sent"), fields.get("timeoutSeconds")
+        if timeout is not None:
+            timeout = parse_timeout(timeout)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"expected a JSON object with id, text and attempt: {error!r}") from None
     if (type(text), type(attempt)) != (str, int) or type(sent) not in (int, type(None)):
@@ -91,9 +93,12 @@ class Report:
             fields["taskStatus"] = self.status
         if self.attempt is not None:
             fields["attempt"] = self.attempt
-        for name in REPORT_FIELDS:
-            if (value := getattr(self, name)) is not None:
-                fields[name] = value
+        if self.result is not None:
+            fields["result"] = self.result
+        if self.status != "success":  # which says no more, and is the most frequent by far
+            for name in REPORT_FIELDS:
+                if (value := getattr(self, name)) is not None:
+                    fields[name] = value
         return fields
 
 

@@ -71,12 +71,14 @@ class Tasks:
         """Return the outcome of a task: its result, or the text of what the handler raised."""
         try:
             result = self.handler(task["text"])
+            if result is None:
+                return {"id": task["id"], "result": None}
             if hasattr(result, "__await__"):
                 result = self.wait_for(result)
             if hasattr(result, "__next__") or hasattr(result, "__anext__"):
                 kind = type(result).__name__
                 raise TypeError(f"expected a string or None, got a {kind} that never ran")
-            return {"id": task["id"], "result": None if result is None else text_of(result)}
+            return {"id": task["id"], "result": text_of(result)}
         except BaseException as error:  # SystemExit too: it ends the task, not the worker
             return {"id": task["id"], "error": f"{type(error).__name__}: {text_of(error)}"}
 
@@ -125,7 +127,7 @@ def close(descriptors: list[int]) -> None:
 def write(descriptor: int, value: object) -> None:
     """Write a value as one line of JSON."""
     data = json.dumps(value).encode() + b"\n"
-    while data:
+    while data:  # at once, as a rule
         data = data[os.write(descriptor, data) :]
 
 
@@ -148,7 +150,7 @@ def main() -> None:
     tasks = Tasks(handler)
     lines = open(stdin, "rb")  # noqa: SIM115
     for line in lines if tickets is None else lines_with_ticket(lines, tickets):
-        write(stdout, tasks.run(json.loads(line)))
+        write(stdout, tasks.run(json.loads(line.decode())))
 
 
 if __name__ == "__main__":

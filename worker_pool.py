@@ -24,8 +24,10 @@ TASK_TIMEOUT_SECONDS = process.setting("TASK_TIMEOUT_SECONDS", 0.0, process.numb
 TASKS_PER_WORKER = process.setting("TASKS_PER_WORKER", 0, process.whole(0, 10**9))
 
 AHEAD_SECONDS = 0.01  # of work, which a worker is fed at once
-MAX_AHEAD = 64
+MAX_AHEAD = 256
 MAX_AHEAD_BYTES = 48 * 1024  # what a pipe holds: a line behind it would wait in our memory
+QUICK_SECONDS = 0.0002  # of tasks whose outcomes are read together, once in COALESCE_SECONDS
+COALESCE_SECONDS = 0.001
 STARTING = 4  # workers at a time: each takes 30 ms of a processor
 LOOK_SECONDS = 0.25  # between two looks for processes that have ended
 TERM_SHARE, KILL_SHARE = 0.8, 0.9  # of STOP_SECONDS: what still runs is told to end, then killed
@@ -76,6 +78,8 @@ class Pool:
                 self.turn()
                 if self.in_flight.stopping and not self.workers:
                     return
+                if self.pace < QUICK_SECONDS and any(len(each.fed) > 8 for each in self.workers):
+                    time.sleep(COALESCE_SECONDS)  # the workers have enough to do meanwhile
                 for key, _ in self.selector.select(self.pause()):
                     key.data()
             except Exception:  # the top of a loop: without it nothing would run any more
@@ -99,6 +103,7 @@ class Pool:
         else:
             self.feed(now)
             self.start_workers(now)
+        self.in_flight.announce()
         heads = [worker.fed[0].started for worker in self.workers if worker.fed]
         self.full_since = max(heads) if len(heads) >= CONCURRENCY else None
 
@@ -159,8 +164,6 @@ class Pool:
             ahead = int(min(MAX_AHEAD, max(1, AHEAD_SECONDS / self.pace)))
         ready = [worker for worker in self.workers if worker.ready and not worker.why]
         hungry = [worker for worker in ready if len(worker.fed) <= ahead // 2]
-        if not hungry:
-            return
         idle = [worker for worker in hungry if not worker.fed]
         entries = self.in_flight.take(len(idle), sum(ahead - len(each.fed) for each in hungry))
         hungry.sort(key=lambda worker: len(worker.fed))

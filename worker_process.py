@@ -4,6 +4,7 @@ pool's thread uses it."""
 import collections
 import contextlib
 import json
+import json.encoder
 import logging
 import os
 import pathlib
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import process
 from in_flight import Entry
@@ -41,6 +43,7 @@ COMMAND = WORKER or [sys.executable, "-P", str(pathlib.Path(__file__).with_name(
 READY_SECONDS = 0.5  # a program of WORKER that lives for so long, or says so, is ready
 KILL_SECONDS = 5  # from SIGTERM to SIGKILL
 SILENT_SECONDS = 1  # from the end of its stdout to the end of the process
+quote = json.encoder.encode_basestring_ascii  # in ASCII: some languages end lines at U+2028
 MAX_LINE_BYTES = 1024 * 1024
 READ_BYTES = 64 * 1024
 LOG_BYTES_A_SECOND = 64 * 1024
@@ -107,10 +110,11 @@ class WorkerProcess:
             entries[0].started = now
         self.fed.extend(entries)
         first, self.lines = self.lines + 1, self.lines + len(entries)
-        for entry in entries:  # in ASCII: some languages end lines at U+2028
+        lines = []
+        for entry in entries:
             task_id, text, attempt = entry.message[:3]
-            line = json.dumps({"id": task_id, "text": text, "attempt": attempt})
-            self.unsent += line.encode() + b"\n"
+            lines.append(f'{{"id": "{task_id}", "text": {quote(text)}, "attempt": {attempt}}}\n')
+        self.unsent += "".join(lines).encode()
         if self.tickets is not None:
             numbers = range(first, self.lines + 1)
             tickets = b"".join(number.to_bytes(4, "little") for number in numbers)
@@ -154,8 +158,8 @@ class WorkerProcess:
             *lines, rest = bytes(self.unread).split(b"\n")
             self.unread = bytearray(rest)
             try:
-                for line in lines:
-                    if outcome := self.parse(line):
+                for line, value in zip(lines, parse_lines(lines), strict=True):
+                    if outcome := self.outcome(line, value):
                         ended.append(outcome)
                 if len(rest) > MAX_LINE_BYTES:
                     raise Garbage(f"wrote a line of over {MAX_LINE_BYTES} bytes")
@@ -169,12 +173,8 @@ class WorkerProcess:
                 break
         return ended
 
-    def parse(self, line: bytes) -> tuple[Entry, Report] | None:
+    def outcome(self, line: bytes, outcome: Any) -> tuple[Entry, Report] | None:
         """Return the task and its report that a line stands for; None for a word about itself."""
-        try:
-            outcome = json.loads(line)
-        except (ValueError, RecursionError):
-            outcome = None
         if isinstance(outcome, dict) and "ready" in outcome:
             self.ready = outcome["ready"] is True
             self.refusal = "" if self.ready else storable(outcome.get("error"))
@@ -265,6 +265,19 @@ class WorkerProcess:
         with contextlib.suppress(ValueError):  # a number without a name
             return signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"signal {-code}"
+
+
+def parse_lines(lines: list[bytes]) -> list[Any]:
+    """Return the values of lines of JSON, None for what is none; all at once costs a third."""
+    try:
+        values: list[Any] = json.loads(b"[" + b",".join(lines) + b"]")
+        if len(values) == len(lines):
+            return values
+    except (ValueError, RecursionError):
+        pass
+    if len(lines) == 1:
+        return [None]
+    return [value for line in lines for value in parse_lines([line])]
 
 
 def start_of(line: bytes) -> str:

@@ -44,14 +44,13 @@ def broker() -> Subscription:
 def entry(broker: Subscription, name: str, tag: int, **fields: object) -> Entry:
     """Return a task as it is delivered, sent just now."""
     sent = fields.pop("sent", int(time.time() * 1e6))
-    entry = Entry(Message(name, name, 1, sent), 10, since=in_flight.time.monotonic(), **fields)
-    entry.deliveries.append((broker, tag))
-    return entry
+    message, now = Message(name, name, 1, sent), in_flight.time.monotonic()
+    return Entry(message, 10, fields.get("suspect", False), [(broker, tag)], now)
 
 
 def flight() -> InFlight:
     """Return an empty one that knows the database's clock."""
-    flight = InFlight(ME)
+    flight = InFlight(ME, 1)
     flight.skew = 0.0
     return flight
 
