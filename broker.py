@@ -13,6 +13,7 @@ import pika.exceptions
 import pika.frame
 import pika.spec
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 import process
 
@@ -59,7 +60,7 @@ HEARTBEAT_SECONDS = 20
 BLOCKED_SECONDS = 5  # how long a publisher waits, rows locked, while the broker has an alarm
 # A frame of this size is legal on every connection. https://www.rabbitmq.com/amqp-0-9-1-protocol
 FRAME_BODY_BYTES = pika.spec.FRAME_MIN_SIZE - pika.spec.FRAME_HEADER_SIZE - pika.spec.FRAME_END_SIZE
-LOST = (pika.exceptions.AMQPError, OSError)
+LOST = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
 
 
 def declare(channel: BlockingChannel) -> None:

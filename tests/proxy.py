@@ -21,7 +21,11 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:  # nobody listens now
+                    client.close()
+                    continue
                 self.pairs.append((client, server))
                 for pair in ((client, server), (server, client)):
                     threading.Thread(target=self.pump, args=pair, daemon=True).start()
