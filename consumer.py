@@ -22,7 +22,8 @@ import dlq_watcher
 import process
 import reporter
 import task
-from in_flight import ACK, DEAD_LETTER, HELD, REQUEUE, STUCK_SECONDS, Entry, InFlight
+from entry import ACK, DEAD_LETTER, HELD, REQUEUE, Entry
+from in_flight import STUCK_SECONDS, InFlight
 from worker_pool import CONCURRENCY, Pool
 
 log = logging.getLogger("consumer")

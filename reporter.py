@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 import requests
 
 import process
-from in_flight import Answer, Entry, InFlight
+from entry import Entry
+from in_flight import Answer, InFlight
 from task import Report
 
 log = logging.getLogger("reporter")

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 
 import process
-from in_flight import WAITING, Entry, InFlight
+from entry import WAITING, Entry
+from in_flight import InFlight
 from worker_process import READY_SECONDS, SILENT_SECONDS, WORKER, Garbage, WorkerProcess
 
 log = logging.getLogger("workers")
@@ -111,7 +112,9 @@ class Pool:
         """Return how long nothing needs to be done unless something happens."""
         if not self.workers:
             return LOOK_SECONDS
-        is_busy = self.in_flight.waiting()[0] or any(worker.is_busy() for worker in self.workers)
+        is_busy = self.in_flight.waiting.count()[0] or any(
+            worker.is_busy() for worker in self.workers
+        )
         times = [self.look_at if is_busy else math.inf, self.term_at]
         for worker in self.workers:
             if len(worker.fed) > 1:
@@ -125,7 +128,7 @@ class Pool:
 
     def start_workers(self, now: float) -> None:
         """Start workers for what waits; one is always there."""
-        waiting, _ = self.in_flight.waiting()
+        waiting, _ = self.in_flight.waiting.count()
         starting = sum(not worker.ready for worker in self.workers)
         idle = sum(worker.ready and not worker.fed for worker in self.workers)
         missing = min(
@@ -156,7 +159,7 @@ class Pool:
     def feed(self, now: float) -> None:
         """Give each worker its share of what waits: one task at a time while tasks are slow, or a
         suspect waits for an idle worker, else about AHEAD_SECONDS of work."""
-        waiting, suspects = self.in_flight.waiting()
+        waiting, suspects = self.in_flight.waiting.count()
         if not waiting:
             return
         ahead = 1

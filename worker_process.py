@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 import process
-from in_flight import Entry
+from entry import Entry
 from task import Report, storable
 
 log = logging.getLogger("worker")

@@ -4,8 +4,11 @@ import time
 
 import pytest
 
+import entry as entry_states
 import in_flight
-from in_flight import Answer, Entry, InFlight
+import waiting
+from entry import Entry
+from in_flight import Answer, InFlight
 from task import Message, Report
 
 pytestmark = pytest.mark.pure
@@ -51,7 +54,7 @@ def entry(broker: Subscription, name: str, tag: int, **fields: object) -> Entry:
 def flight() -> InFlight:
     """Return an empty one that knows the database's clock."""
     flight = InFlight(ME, 1)
-    flight.skew = 0.0
+    flight.waiting.skew = 0.0
     return flight
 
 
@@ -71,11 +74,11 @@ def test_a_suspect_is_asked_about_for_an_idle_worker_and_is_held(
 ) -> None:
     tasks = flight()
     tasks.admit([entry(broker, "s", 1, suspect=True), entry(broker, "a", 2)])
-    assert tasks.take(0, 0) == [] and not tasks.asking
+    assert tasks.take(0, 0) == [] and not tasks.waiting.asking
     assert names(tasks.take(2, 2)) == ["a"]  # beside it, another starts at once
     [report] = answered(tasks)
     assert report.started and report.holder == ME and report.alone is True
-    assert broker.settled == {1: in_flight.HELD}
+    assert broker.settled == {1: entry_states.HELD}
     assert names(tasks.take(1, 1)) == ["s"]
 
 
@@ -85,7 +88,7 @@ def test_nothing_waits_for_a_suspect_whose_answer_does_not_come(
     tasks = flight()
     tasks.admit([entry(broker, "s", 1, suspect=True), entry(broker, "a", 2)])
     assert tasks.take(1, 1) == []
-    clock[0] += 2 * in_flight.RESERVED_SECONDS
+    clock[0] += 2 * waiting.RESERVED_SECONDS
     assert names(tasks.take(1, 1)) == ["a"]
 
 
@@ -111,7 +114,7 @@ def test_a_message_that_has_waited_is_asked_about_uncounted(
     tasks.admit([entry(broker, name, tag, sent=old) for tag, name in enumerate("ab")])
     assert tasks.take(1, 2) == []
     assert [report.started for report in answered(tasks, refused={0: "finished"})] == [None, None]
-    assert broker.settled == {0: in_flight.ACK}
+    assert broker.settled == {0: entry_states.ACK}
     assert names(tasks.take(1, 2)) == ["b"]
 
 
@@ -122,8 +125,8 @@ def test_what_was_checked_is_checked_again_when_it_waits_on(
     tasks.admit([entry(broker, "a", 1, sent=1)])
     tasks.take(1, 1)
     answered(tasks)
-    clock[0] += 2 * in_flight.CURRENT_SECONDS
-    assert tasks.take(1, 1) == [] and len(tasks.asking) == 1
+    clock[0] += 2 * waiting.CURRENT_SECONDS
+    assert tasks.take(1, 1) == [] and len(tasks.waiting.asking) == 1
 
 
 def test_a_newer_copy_takes_the_place_of_an_older_one(
@@ -135,7 +138,7 @@ def test_a_newer_copy_takes_the_place_of_an_older_one(
     group = tasks.collect(0.0, float("inf"))
     tasks.admit([entry(broker, "a", 2, sent=2)])  # while the older one is asked about
     tasks.admit([entry(broker, "a", 3, sent=1)])
-    assert broker.settled == {1: in_flight.ACK, 3: in_flight.ACK}
+    assert broker.settled == {1: entry_states.ACK, 3: entry_states.ACK}
     tasks.accept(group, Answer({0: "stale"}, set()))
     [report] = answered(tasks)
     assert report.sent == 2
@@ -145,14 +148,14 @@ def test_a_newer_copy_takes_the_place_of_an_older_one(
 def test_a_failure_goes_by_its_dead_letter_or_by_the_row_and_counts_once(
     clock: list[float], broker: Subscription
 ) -> None:
-    for held, status, verdict in ((False, None, in_flight.DEAD_LETTER), (True, "error", None)):
+    for held, status, verdict in ((False, None, entry_states.DEAD_LETTER), (True, "error", None)):
         tasks, broker.settled = flight(), {}
         tasks.admit([entry(broker, "a", 1)])
         [task] = tasks.take(1, 1)
         named = {"taskId": "a", "attempt": 1}
         if held:
             tasks.heard({"held": [named], "stop": []}, 0.0)
-            assert broker.settled == {1: in_flight.HELD}
+            assert broker.settled == {1: entry_states.HELD}
             broker.settled = {}
         tasks.finish([(task, task.report(error="why"))], 1.0)
         tasks.heard({"held": [named], "stop": []}, 0.0)  # a late answer is ignored
@@ -179,11 +182,11 @@ def test_a_task_that_is_stopped_is_dropped_wherever_it_is(
     running, ahead = tasks.take(1, 2)
     stop = [{"taskId": name, "attempt": 1} for name in "abc"]
     tasks.heard({"held": [], "stop": stop}, 0.0)
-    assert broker.settled == {2: in_flight.ACK}  # it waited
+    assert broker.settled == {2: entry_states.ACK}  # it waited
     assert tasks.take_stops() == [running, ahead]
     tasks.give_back([ahead])
     tasks.died(running, "SIGTERM")
-    assert broker.settled == dict.fromkeys(range(3), in_flight.ACK)
+    assert broker.settled == dict.fromkeys(range(3), entry_states.ACK)
     assert tasks.entries == {} and tasks.is_quiet()
 
 
@@ -199,7 +202,7 @@ def test_a_stop_releases_what_runs_and_what_was_allowed(
     reports = {report.id: report for report in answered(tasks)}
     assert {name: report.release for name, report in reports.items()} == {"s": 0.0, "a": 0.0}
     assert reports["s"].started == asked.started
-    assert broker.settled == {1: in_flight.HELD, 2: in_flight.ACK}
+    assert broker.settled == {1: entry_states.HELD, 2: entry_states.ACK}
     assert tasks.is_quiet()
 
 
