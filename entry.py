@@ -50,6 +50,7 @@ class Entry:
             old.deliveries = []
         if ours < other:
             self.message = copy.message
+            self.suspect = self.suspect or (copy.suspect and self.state in (WAITING, ASKING))
         self.deliveries += copy.deliveries
         if self.held:
             settle([(self, HELD)])

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ log = logging.getLogger("in_flight")
 
 REPORT_SECONDS = 0.05  # between two reports while there is more to do
 STUCK_SECONDS = 2  # unstarted for so long behind a busy worker: somebody else may be idle
+MAX_NAMED = 10_000  # in one heartbeat
 NAMED_SECONDS = 2  # in flight for so long: the heartbeat names it
 MAX_GROUP = 1000  # reports in one PUT
 MAX_GROUP_BYTES = 1024 * 1024
@@ -57,8 +59,11 @@ class InFlight:
                 known = self.entries.setdefault(entry.key, entry)
                 if known is entry:
                     self.waiting.add(entry)
-                else:
-                    known.join(entry)
+                    continue
+                was_suspect = known.suspect
+                known.join(entry)
+                if known.suspect != was_suspect and self.waiting.withdraw(known):
+                    self.waiting.add(known)
         self.wake()
 
     def take(self, idle: int, room: int) -> list[Entry]:
@@ -184,6 +189,7 @@ class InFlight:
         for entry in itertools.islice(self.waiting.asking, MAX_GROUP):
             report = entry.report(holder=self.consumer)
             if entry.suspect:
+                entry.token = entry.token or uuid.uuid4().hex
                 report.started, report.error, report.alone = entry.token, entry.cause or None, alone
                 alone = False
             group.append((entry, report))
@@ -205,8 +211,9 @@ class InFlight:
                     is_over = refused or report.release is not None or report.status in ENDED
                     verdicts.append((entry, ACK if is_over else DEAD_LETTER))
                 elif entry in self.waiting.asking:
-                    if refused and report.sent != entry.message.sent:
-                        continue  # a newer copy came meanwhile: ask about that
+                    newer = report.sent != entry.message.sent
+                    if newer and (refused or entry.suspect != (report.started is not None)):
+                        continue  # another copy came meanwhile: ask about that
                     del self.waiting.asking[entry]
                     if refused or (report.started is None and not entry.deliveries):
                         verdicts.append((entry, ACK))
@@ -233,15 +240,20 @@ class InFlight:
         """Return what the heartbeat says is in flight."""
         with self.lock:
             now = time.monotonic()
+            entries = [
+                entry
+                for entry in self.entries.values()
+                if entry.held or now - entry.since > NAMED_SECONDS
+            ]
+            entries.sort(key=lambda entry: not entry.held)
             return [
                 {
                     "taskId": entry.message.id,
                     "attempt": entry.message.attempt,
-                    "seconds": round(now - (entry.started or entry.since), 3),
+                    "seconds": round(max(0.0, now - (entry.started or entry.since)), 3),
                     "state": "running" if entry.state == FED and entry.started else entry.state,
                 }
-                for entry in self.entries.values()
-                if entry.held or now - entry.since > NAMED_SECONDS
+                for entry in entries[:MAX_NAMED]
             ]
 
     def heard(self, answer: dict[str, Any], skew: float) -> None:
@@ -271,15 +283,19 @@ class InFlight:
             return [entry for entry in stops if entry.state == FED]
 
     def take_stuck(self) -> list[Entry]:
-        """Take back what waits too long for a worker: another consumer may have an idle one."""
+        """Take back what waits too long for a worker: another consumer may have an idle one. What
+        has no message any more is released."""
         limit = time.monotonic() - STUCK_SECONDS
         with self.lock:
-            waiting = (*self.waiting.suspects, *self.waiting.fresh)
-            stuck = [each for each in waiting if each.since < limit and not each.held]
+            stuck = [each for each in self.waiting.all() if each.since < limit]
             for entry in stuck:
                 self.waiting.withdraw(entry)
-                del self.entries[entry.key]
-            return stuck
+                self.leave(entry)
+                if entry.held:
+                    self.release(entry)
+                else:
+                    del self.entries[entry.key]
+            return [entry for entry in stuck if not entry.held]
 
     def forget(self, subscription: Any) -> None:
         """Drop a dead connection's deliveries; what has not started comes again over the next."""
@@ -309,7 +325,7 @@ class InFlight:
         """Let no task start any more; give back to the table what was allowed to."""
         with self.lock:
             self.stopping = True
-            for entry in (*self.waiting.allowed, *self.waiting.suspects):
+            for entry in self.waiting.all():
                 if entry.held:
                     self.waiting.withdraw(entry)
                     self.release(entry)

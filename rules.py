@@ -106,7 +106,7 @@ def judge_running(row: Row, report: Report) -> Verdict:
     if report.holder is None or report.holder != row.holder:
         if is_old_copy(row, report):
             return Verdict(409, "stale: a newer message of this attempt is out")
-        if not report.error and row.is_held():
+        if row.is_held() and (report.started is not None or not report.error):
             return Verdict(409, "held: another consumer runs the task")
     if report.release is not None:
         give_back(row, report, report.release)

@@ -3,7 +3,6 @@ Without a lock: InFlight calls it under its own."""
 
 import collections
 import time
-import uuid
 
 from entry import ALLOWED, ASKING, WAITING, Entry
 
@@ -39,7 +38,7 @@ class Waiting:
     def put_back(self, entry: Entry) -> None:
         """Take in what was to start and has not, before all others."""
         if entry.held:
-            entry.state = ALLOWED
+            entry.state, entry.since = ALLOWED, time.monotonic()
             self.allowed.appendleft(entry)
         else:
             entry.state = WAITING
@@ -47,7 +46,7 @@ class Waiting:
 
     def allow(self, entry: Entry) -> None:
         """Let a suspect start."""
-        entry.state = ALLOWED
+        entry.state, entry.since = ALLOWED, time.monotonic()
         self.allowed.append(entry)
 
     def confirm(self, entries: list[Entry]) -> None:
@@ -92,14 +91,16 @@ class Waiting:
     def ask(self, entry: Entry, now: float) -> None:
         """Let the reporter ask whether a task may start."""
         entry.state, entry.asked_at = ASKING, now
-        if entry.suspect and not entry.token:
-            entry.token = uuid.uuid4().hex
         self.asking[entry] = None
 
     def count(self) -> tuple[int, bool]:
         """Return how many tasks wait, and whether one of them needs a worker of its own."""
         suspects = len(self.suspects) + len(self.allowed)
         return len(self.fresh) + len(self.asking) + suspects, suspects > 0
+
+    def all(self) -> list[Entry]:
+        """Return what waits and is not being asked about."""
+        return [*self.allowed, *self.suspects, *self.fresh]
 
     def withdraw(self, entry: Entry) -> bool:
         """Take a task out; say whether it was there, and nobody asks about it."""

@@ -119,9 +119,9 @@ def lines_with_ticket(lines: BufferedReader, tickets: int) -> Iterator[bytes]:
 
 
 def close(descriptors: list[int]) -> None:
-    """Close descriptors."""
-    for each in descriptors:
-        os.close(each)
+    """Close descriptors, once: in a child's child their numbers may be somebody else's."""
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 def write(descriptor: int, value: object) -> None:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 
 import process
-from entry import WAITING, Entry
-from in_flight import InFlight
+from entry import Entry
+from in_flight import STUCK_SECONDS, InFlight
 from worker_process import READY_SECONDS, SILENT_SECONDS, WORKER, Garbage, WorkerProcess
 
 log = logging.getLogger("workers")
@@ -30,6 +30,7 @@ MAX_AHEAD_BYTES = 48 * 1024  # what a pipe holds: a line behind it would wait in
 QUICK_SECONDS = 0.0002  # of tasks whose outcomes are read together, once in COALESCE_SECONDS
 COALESCE_SECONDS = 0.001
 STARTING = 4  # workers at a time: each takes 30 ms of a processor
+START_SECONDS = 600  # a model may be large
 LOOK_SECONDS = 0.25  # between two looks for processes that have ended
 TERM_SHARE, KILL_SHARE = 0.8, 0.9  # of STOP_SECONDS: what still runs is told to end, then killed
 
@@ -51,6 +52,7 @@ class Pool:
         self.full_since: float | None = None  # since when every worker is busy with one task
         self.stops: list[Entry] = []
         self.look_at = 0.0
+        self.ready_at = 0.0  # when a worker was last ready, or busy
         self.starts = process.Backoff(log, "no worker could start")
         self.start_at = 0.0
         self.started = threading.Event()  # the first worker was ready, or will never be
@@ -66,8 +68,8 @@ class Pool:
                 self.bell.send(b"!")
 
     def is_broken(self) -> bool:
-        """Tell whether no worker can be started."""
-        return self.starts.failures > 0 and not any(worker.ready for worker in self.workers)
+        """Tell whether there has been no worker for a while."""
+        return time.monotonic() - self.ready_at > STUCK_SECONDS
 
     def run(self) -> None:
         """Run tasks until all workers have ended after a stop: the body of a thread that lives as
@@ -97,6 +99,8 @@ class Pool:
                     self.bury(worker)
         for worker in list(self.workers):
             self.attend(worker, now)
+        if any(worker.ready for worker in self.workers):
+            self.ready_at = now
         self.stops += self.in_flight.take_stops()
         self.stops = [entry for entry in self.stops if not self.stop_task(entry)]
         if self.in_flight.stopping:
@@ -115,11 +119,15 @@ class Pool:
         is_busy = self.in_flight.waiting.count()[0] or any(
             worker.is_busy() for worker in self.workers
         )
-        times = [self.look_at if is_busy else math.inf, self.term_at]
+        times = [self.look_at if is_busy else math.inf]
+        if self.term_at > time.monotonic():
+            times.append(self.term_at)
         for worker in self.workers:
+            if worker.kill_at or not worker.fed:
+                continue
             if len(worker.fed) > 1:
                 times.append(worker.fed[0].started + 2 * AHEAD_SECONDS)
-            if worker.fed and (limit := limit_of(worker.fed[0])):
+            if limit := limit_of(worker.fed[0]):
                 times.append(worker.fed[0].started + limit)
         soonest = min(times)
         return max(0.0, soonest - time.monotonic()) if soonest < math.inf else 1.0
@@ -153,7 +161,7 @@ class Pool:
 
     def unwatch(self, descriptor: int) -> None:
         """Forget a descriptor, if it was watched."""
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(descriptor)
 
     def feed(self, now: float) -> None:
@@ -165,34 +173,35 @@ class Pool:
         ahead = 1
         if not (WORKER or suspects) and self.pace:
             ahead = int(min(MAX_AHEAD, max(1, AHEAD_SECONDS / self.pace)))
-        ready = [worker for worker in self.workers if worker.ready and not worker.why]
-        hungry = [worker for worker in ready if len(worker.fed) <= ahead // 2]
+        able = [worker for worker in self.workers if worker.can_work()]
+        hungry = [worker for worker in able if len(worker.fed) <= ahead // 2]
         idle = [worker for worker in hungry if not worker.fed]
         entries = self.in_flight.take(len(idle), sum(ahead - len(each.fed) for each in hungry))
         hungry.sort(key=lambda worker: len(worker.fed))
-        for index, worker in enumerate(hungry):
-            share = math.ceil(len(entries) / (len(hungry) - index))
-            share = min(share, ahead - len(worker.fed))
-            if TASKS_PER_WORKER:
-                share = min(share, TASKS_PER_WORKER - worker.answered - len(worker.fed))
-            fed = fitting(entries[: max(share, 0)])
-            if fed:
-                del entries[: len(fed)]
-                self.feed_worker(worker, fed, now)
-        if entries:
+        try:
+            for index, worker in enumerate(hungry):
+                share = math.ceil(len(entries) / (len(hungry) - index))
+                share = min(share, ahead - len(worker.fed))
+                if TASKS_PER_WORKER:
+                    share = min(share, TASKS_PER_WORKER - worker.answered - len(worker.fed))
+                if fed := fitting(entries[: max(share, 0)]):
+                    del entries[: len(fed)]
+                    self.feed_worker(worker, fed, now)
+        finally:
             self.in_flight.give_back(entries)
 
     def feed_worker(self, worker: WorkerProcess, entries: list[Entry], now: float) -> None:
         """Write lines to a worker, the rest of them when it has room."""
-        had_unsent = bool(worker.unsent)
         worker.feed(entries, now)
-        if worker.unsent and not had_unsent:
-            self.watch(worker.stdin, lambda: self.on_room(worker), write=True)
+        if worker.unsent and not worker.is_watched:
+            worker.is_watched = True
+            self.watch(worker.stdin, functools.partial(self.on_room, worker), write=True)
 
     def on_room(self, worker: WorkerProcess) -> None:
         """Go on writing lines."""
         worker.write()
         if not worker.unsent:
+            worker.is_watched = False
             self.unwatch(worker.stdin)
 
     # What workers say
@@ -201,26 +210,17 @@ class Pool:
         """Take what a worker has written. It may have been buried a moment ago."""
         if worker not in self.workers:
             return
-        if not worker.ready:
-            self.read_readiness(worker)
-        else:
-            self.read(worker)
-        if worker.silent_at:
-            self.unwatch(worker.stdout)
-            if worker.has_exited():
-                self.bury(worker)
-
-    def read_readiness(self, worker: WorkerProcess) -> None:
-        """Read a starting worker's first words."""
-        try:
-            worker.read()
-        except Garbage as error:
-            self.kill(worker, str(error))
-        if worker.ready:
+        was_ready = worker.ready
+        self.read(worker)
+        if worker.ready and not was_ready:
             self.is_ready()
         elif worker.refusal and not self.started.is_set():
             self.refusal = worker.refusal
             self.started.set()
+        if worker.silent_at:
+            self.unwatch(worker.stdout)
+            if worker.has_exited():
+                self.bury(worker)
 
     def is_ready(self) -> None:
         """Note that workers can be started."""
@@ -266,6 +266,10 @@ class Pool:
                 worker.signal(signal.SIGKILL)
         elif worker.silent_at and now - worker.silent_at >= SILENT_SECONDS:
             self.kill(worker, "closed its stdout")
+        elif worker.deaf_at and now - worker.deaf_at >= SILENT_SECONDS:
+            self.end(worker, "closed its stdin")
+        elif not worker.ready and now - worker.began >= START_SECONDS:
+            self.kill(worker, f"was not ready after {START_SECONDS} s")
         elif worker.fed:
             elapsed = now - worker.fed[0].started
             limit = limit_of(worker.fed[0])
@@ -277,13 +281,16 @@ class Pool:
 
     def end(self, worker: WorkerProcess, why: str) -> None:
         """End a worker for what it runs, unless that is answered by now."""
-        running = worker.fed[0]
-        self.in_flight.give_back(worker.take_back())
+        running = worker.fed[0] if worker.fed else None
+        back = worker.take_back()
+        self.in_flight.give_back(back)
         if worker.fed:
             self.read(worker)
-        if worker.fed and worker.fed[0] is running:
+        if worker.kill_at:
+            return
+        if running is None or (worker.fed and worker.fed[0] is running):
             self.kill(worker, why)
-        elif running.state == WAITING:  # it has not even begun in all that time
+        elif running in back and why != "stopped":  # it has not even begun in all that time
             self.kill(worker, "took no task")
 
     def kill(self, worker: WorkerProcess, why: str) -> None:
@@ -312,11 +319,15 @@ class Pool:
             self.unwatch(descriptor)
         cause = worker.bury()
         self.workers.remove(worker)
+        if worker.refusal:  # it was fed before it said so: what it had is not to blame
+            worker.ready = False
+            self.in_flight.give_back([worker.fed.popleft() for _ in range(len(worker.fed))])
         if not worker.ready and not self.in_flight.stopping:
             reason = worker.refusal or worker.why or f"a worker has ended with {cause}"
             self.start_at = time.monotonic() + self.starts.failed(reason)
         if worker.fed:
             self.judge(worker, worker.fed.popleft(), cause)
+            self.in_flight.give_back(list(worker.fed))
 
     def judge(self, worker: WorkerProcess, entry: Entry, cause: str) -> None:
         """Say what becomes of the task that a worker has ended with."""
@@ -341,11 +352,10 @@ class Pool:
                 self.unwatch(worker.stdin)
                 worker.retire()
         if now >= self.term_at:
-            self.term_at = math.inf
+            most = self.stop_at + KILL_SHARE * process.STOP_SECONDS
             for worker in self.workers:
                 if worker.fed and not worker.kill_at:
                     self.end(worker, "stopped")
-                    most = self.stop_at + KILL_SHARE * process.STOP_SECONDS
                     worker.kill_at = min(worker.kill_at, most)
 
 

@@ -100,6 +100,8 @@ class WorkerProcess:
         self.unsent = bytearray()  # to its stdin
         self.unread = bytearray()  # of its stdout, up to the next line's end
         self.silent_at = 0.0  # when its stdout ended
+        self.deaf_at = 0.0  # when it turned out that it does not read any more
+        self.is_watched = False  # for room in its stdin
         self.why = ""  # it is to end: "retired", "stopped", or what its task fails with
         self.kill_at = 0.0
         self.log_second, self.log_bytes = 0, 0
@@ -129,8 +131,9 @@ class WorkerProcess:
                 del self.unsent[: os.write(self.stdin, self.unsent)]
         except BlockingIOError:
             pass
-        except OSError:  # it has died, or closed its stdin: not our turn to say so
+        except OSError:  # it has died, or closed its stdin
             self.unsent.clear()
+            self.deaf_at = self.deaf_at or time.monotonic()
 
     def take_back(self) -> list[Entry]:
         """Return what it has not begun, and will not: its tickets are taken, the last of all."""
@@ -175,7 +178,7 @@ class WorkerProcess:
 
     def outcome(self, line: bytes, outcome: Any) -> tuple[Entry, Report] | None:
         """Return the task and its report that a line stands for; None for a word about itself."""
-        if isinstance(outcome, dict) and "ready" in outcome:
+        if isinstance(outcome, dict) and "ready" in outcome and "id" not in outcome:
             self.ready = outcome["ready"] is True
             self.refusal = "" if self.ready else storable(outcome.get("error"))
             return None
@@ -242,11 +245,16 @@ class WorkerProcess:
             if each is not None:
                 each.close()
         self.tickets = self.taken_back = None
+        self.stdin = -1  # the number may be another one's soon
         self.unsent.clear()
 
     def is_busy(self) -> bool:
         """Tell whether it starts, works or ends: then its process is to be looked at."""
-        return bool(self.fed or self.why or self.silent_at or not self.ready)
+        return bool(self.fed or self.why or self.silent_at or self.deaf_at or not self.ready)
+
+    def can_work(self) -> bool:
+        """Tell whether it may be fed."""
+        return self.ready and not (self.why or self.silent_at or self.deaf_at)
 
     def has_exited(self) -> bool:
         """Tell whether it has ended; it is not reaped, so that its group keeps its number."""
