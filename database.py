@@ -15,7 +15,6 @@ import task
 ARCS = 16  # of a claim: enough that one batch is spread evenly, and no slower than one
 HOUSEKEEPING_ROWS = 5000
 LEASE_OF_A_MESSAGE = {"seconds": process.SENT_TIMEOUT_SECONDS, "nobody": task.NOBODY}
-SWEEP_PAGES = 128
 
 TASK_COLUMNS = """
     id, text, status, attempt, result, error, timeout_seconds,
@@ -272,12 +271,14 @@ def release_due(cursor: Any) -> list[str]:
     return [task_id for (task_id,) in cursor]
 
 
-def sweep(cursor: Any, page: int, days: int) -> int:
-    """Delete ended tasks older than days in the pages from page on; return the next page."""
-    bounds = {"first": f"({page},0)", "end": f"({page + SWEEP_PAGES},0)", "days": days}
+def sweep(cursor: Any, page: int, pages: int, days: int, seconds: float) -> int:
+    """Delete ended tasks older than days in so many pages from page on; return the next page.
+    Raise QueryCanceled if that takes too many seconds."""
+    cursor.execute(f"SET LOCAL statement_timeout = {int(seconds * 1000)}")
+    bounds = {"first": f"({page},0)", "end": f"({page + pages},0)", "days": days}
     cursor.execute(DELETE_ENDED_TASKS, bounds)
     cursor.execute(COUNT_PAGES)
-    return page + SWEEP_PAGES if page + SWEEP_PAGES < cursor.fetchone()[0] else 0
+    return page + pages if page + pages < cursor.fetchone()[0] else 0
 
 
 def has_synchronous_standby(cursor: Any) -> bool:

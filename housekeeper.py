@@ -24,6 +24,7 @@ RESCUE_SECONDS = min(process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS) / 20
 # a clock: the consumers could not renew their leases meanwhile, and do so within their back-off.
 GRACE_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS / 2)
 LATE_SECONDS = 5  # a turn that came so late was frozen; a clock that differs by so much was set
+SWEEP_PAGES = 128
 FORGET_SECONDS = 600  # between two looks for consumers that are gone for good
 
 
@@ -38,7 +39,8 @@ class Housekeeper:
         self.forget_at = 0.0
         self.clocks = time.monotonic(), 0.0  # when the last turn began; the database's time then
         self.sweep_at = 0.0 if RETENTION_DAYS else math.inf
-        self.page = 0  # of the table, where the next sweep begins
+        self.page, self.pages = 0, SWEEP_PAGES  # of the table, what the next sweep takes
+        self.silence = process.Backoff(log, "no heartbeat of a consumer, nothing is rescued")
 
     def run(self) -> None:
         """Work in turns until stop is set: the body of a thread."""
@@ -91,6 +93,10 @@ class Housekeeper:
         jumped = abs(now - now_before - elapsed) > LATE_SECONDS
         if late or jumped or silence > GRACE_SECONDS:
             self.postpone_rescue()
+        if silence <= GRACE_SECONDS:
+            self.silence.succeeded()
+        elif now_before:
+            log.log(self.silence.level(), "no heartbeat of a consumer: nothing is rescued")
         return now_before
 
     def postpone_rescue(self) -> None:
@@ -99,5 +105,13 @@ class Housekeeper:
 
     def sweep(self) -> None:
         """Delete old tasks in the next pages of the table."""
-        work = functools.partial(database.sweep, page=self.page, days=RETENTION_DAYS)
+        self.pages = max(1, self.pages // 2)  # if it takes too long
+        work = functools.partial(
+            database.sweep,
+            page=self.page,
+            pages=self.pages,
+            days=RETENTION_DAYS,
+            seconds=LATE_SECONDS / 2,  # or the turns would look late
+        )
         self.page = self.connections.transaction(work)
+        self.pages = min(4 * self.pages, SWEEP_PAGES)

@@ -250,6 +250,7 @@ class InFlight:
                 {
                     "taskId": entry.message.id,
                     "attempt": entry.message.attempt,
+                    "sent": entry.message.sent,
                     "seconds": round(max(0.0, now - (entry.started or entry.since)), 3),
                     "state": "running" if entry.state == FED and entry.started else entry.state,
                 }

@@ -46,10 +46,15 @@ HOLD_TASKS = """
 WITH mine AS MATERIALIZED (
     SELECT tasks.id
     FROM tasks
-    JOIN unnest(%(ids)s::uuid[], %(attempts)s::int[]) AS named (id, attempt)
+    JOIN unnest(%(ids)s::uuid[], %(attempts)s::int[], %(sents)s::bigint[])
+        AS named (id, attempt, sent)
         ON tasks.id = named.id AND tasks.attempt = named.attempt
     WHERE status IN ('pending', 'sent')
-        AND (holder IS NULL OR holder IN (%(consumer)s::uuid, %(nobody)s::uuid))
+        AND (
+            holder = %(consumer)s::uuid
+            OR (holder IS NULL OR holder = %(nobody)s::uuid)
+                AND (sent IS NULL OR sent = (extract(epoch FROM sent_at) * 1000000)::bigint)
+        )
     ORDER BY tasks.id
     FOR UPDATE OF tasks SKIP LOCKED
 )
@@ -87,7 +92,9 @@ DELETE_SILENT_CONSUMERS = "DELETE FROM consumers WHERE seen_at < now() - interva
 SELECT_CLOCK = """
 SELECT
     extract(epoch FROM clock_timestamp())::float8,
-    (SELECT extract(epoch FROM clock_timestamp() - max(seen_at))::float8 FROM consumers)
+    (SELECT extract(epoch FROM clock_timestamp() - max(seen_at))::float8
+    FROM consumers
+    WHERE seen_at <= clock_timestamp())
 """
 
 
@@ -98,6 +105,7 @@ class Named(NamedTuple):
     attempt: int
     seconds: float
     state: str
+    sent: int | None  # of its message
 
     @property
     def is_running(self) -> bool:
@@ -128,7 +136,7 @@ def parse_heartbeat(body: Any) -> Heartbeat:
     if type(concurrency) is not int or not 0 <= concurrency <= MAX_NAMED:
         raise ValueError(f"concurrency: expected 0 to {MAX_NAMED}, got {task.shorten(concurrency)}")
     return Heartbeat(
-        task.parse_uuid(body.get("consumer"), "consumer"),
+        task.parse_consumer(body.get("consumer"), "consumer"),
         task.parse_text(body.get("host"), "host", MAX_WORD_BYTES),
         concurrency,
         task.parse_text(body.get("version"), "version", MAX_WORD_BYTES),
@@ -146,7 +154,15 @@ def parse_named(element: Any) -> Named:
         element["attempt"],
         task.parse_seconds(element.get("seconds"), "seconds"),
         task.parse_text(element.get("state"), "state", MAX_WORD_BYTES),
+        parse_sent(element.get("sent")),
     )
+
+
+def parse_sent(value: Any) -> int | None:
+    """Return what a message says of its row's sent_at, in microseconds since 1970."""
+    if value is not None and (type(value) is not int or abs(value) >= 2**63):
+        raise ValueError(f"sent: expected microseconds since 1970, got {task.shorten(value)}")
+    return value
 
 
 def answer_heartbeat(cursor: Any, heartbeat: Heartbeat) -> dict[str, Any]:
@@ -161,14 +177,18 @@ def answer_heartbeat(cursor: Any, heartbeat: Heartbeat) -> dict[str, Any]:
         ended = status in task.ENDED or attempt != each.attempt
         if ended or (holder not in (None, task.NOBODY, consumer) and (lease or 0) > 0):
             stop.append(each)
-        elif holder == consumer and (lease or 0) >= process.LEASE_SECONDS / 2:
+        elif holder == consumer and status == "sent" and (lease or 0) >= process.LEASE_SECONDS / 2:
             held.append(each)
         elif holder == consumer or (each.is_running and each.seconds >= task.HOLD_SECONDS):
             due.append(each)
     if due:
-        ids, attempts = [each.task_id for each in due], [each.attempt for each in due]
         lease = {"seconds": process.LEASE_SECONDS, "nobody": task.NOBODY, "consumer": consumer}
-        cursor.execute(HOLD_TASKS, lease | {"ids": ids, "attempts": attempts})
+        columns = {
+            "ids": [each.task_id for each in due],
+            "attempts": [each.attempt for each in due],
+            "sents": [each.sent for each in due],
+        }
+        cursor.execute(HOLD_TASKS, lease | columns)
         renewed = {tuple(row) for row in cursor}
         held += [each for each in due if (each.task_id, each.attempt) in renewed]
     cursor.execute("SELECT extract(epoch FROM clock_timestamp())::float8")

@@ -52,6 +52,7 @@ class Verdict(NamedTuple):
 
 
 ACCEPTED = Verdict(200)
+HELD = Verdict(409, "held: another consumer runs the task")
 ALONE = Verdict(200, "alone")  # the task may start, beside no other that has killed workers
 
 
@@ -65,7 +66,7 @@ def judge(row: Row, report: Report) -> Verdict:
         return judge_running(row, report)
     if report.status == "sent":
         return Verdict(409, f"{row.status} does not become sent: only the dispatcher sends")
-    if report.status == row.status and report.reason is None:
+    if report.status == row.status:
         return ACCEPTED
     if report.status == "success":
         change(row, "success")
@@ -80,6 +81,8 @@ def judge(row: Row, report: Report) -> Verdict:
         row.attempt += 1
         row.error = report.error or "cancelled"
     elif report.reason is None:
+        if report.holder not in (None, row.holder) and (row.is_held() or is_old_copy(row, report)):
+            return HELD
         count_failure(row, report.error)
     else:
         return judge_dead_letter(row, report)
@@ -94,8 +97,8 @@ def judge_dead_letter(row: Row, report: Report) -> Verdict:
         return Verdict(409, "stale: a newer message of this attempt is out")
     if report.reason == "rejected":
         count_failure(row, report.error)
-    elif row.status == "sent" and report.sent is not None and not row.is_held():
-        change(row, "pending")
+    elif row.status == "sent" and not row.is_held() and not has_newer_message(row, report):
+        row.status, row.changed = "pending", True  # the holder before stays: it asks
     return ACCEPTED
 
 
@@ -107,7 +110,7 @@ def judge_running(row: Row, report: Report) -> Verdict:
         if is_old_copy(row, report):
             return Verdict(409, "stale: a newer message of this attempt is out")
         if row.is_held() and (report.started is not None or not report.error):
-            return Verdict(409, "held: another consumer runs the task")
+            return HELD
     if report.release is not None:
         give_back(row, report, report.release)
         return ACCEPTED
@@ -124,6 +127,13 @@ def judge_running(row: Row, report: Report) -> Verdict:
 def is_old_copy(row: Row, report: Report) -> bool:
     """Tell whether a report is about another message than the row's last one."""
     return report.sent is not None and report.sent != row.sent
+
+
+def has_newer_message(row: Row, report: Report) -> bool:
+    """Tell whether a message of version 1.1, which expired after half of the time-out, is not the
+    row's last one."""
+    young = 0.55 * process.SENT_TIMEOUT_SECONDS
+    return report.sent is None and row.lease is not None and row.lease > young
 
 
 def start(row: Row, report: Report) -> Verdict:

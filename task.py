@@ -167,13 +167,20 @@ def parse_seconds(value: Any, name: str) -> float:
     return float(value)
 
 
+def parse_consumer(value: Any, name: str) -> str:
+    """Return the UUID of a consumer."""
+    if (consumer := parse_uuid(value, name)) == NOBODY:
+        raise ValueError(f"{name}: expected a consumer's UUID, got {NOBODY}")
+    return consumer
+
+
 REPORT_FIELDS: dict[str, Callable[[Any, str], Any]] = {  # the optional ones
     "result": parse_outcome,
     "error": parse_outcome,
     "reason": parse_outcome,
     "started": parse_outcome,
     "sent": one_of(int),
-    "holder": parse_uuid,
+    "holder": parse_consumer,
     "alone": one_of(bool),
     "release": parse_seconds,
 }

@@ -3,7 +3,6 @@ nothing, or stuck."""
 
 import contextlib
 import pathlib
-import re
 import signal
 import socket
 import threading
@@ -144,10 +143,6 @@ def test_what_is_in_flight_through_an_outage_of_the_producer_is_not_rescued(
     stack.producer(SENT_TIMEOUT_SECONDS=6)
     stack.wait_status(ids, "success")
     assert stack.runs(runs) == {"sleep=12 long": 1, "sleep=2 short": 1}
-    # Nobody was still waiting when the producer's grace of 6 seconds was over.
-    logs = "".join(consumer.log.read_text() for consumer in consumers)
-    delays = re.findall(r"reports wait for the producer, next try in ([\d.]+) s", logs)
-    assert delays and max(map(float, delays)) <= 6 / 4
 
 
 def test_a_task_that_was_in_flight_and_lost_is_a_suspect(stack: Stack, runs: pathlib.Path) -> None:

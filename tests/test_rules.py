@@ -118,6 +118,19 @@ def test_what_another_consumer_holds_does_not_start_here() -> None:
         assert task.holder == HERE
 
 
+def test_a_failure_or_death_elsewhere_takes_no_row_from_its_holder() -> None:
+    for report in (
+        ask("a", error="SIGSEGV"),
+        Report("id", "error", attempt=1, sent=7, holder=HERE, error="timed out"),
+    ):
+        task = row("sent", holder=THERE, starts=1)
+        assert rules.judge(task, report).reason.startswith("held")
+        assert not task.changed
+    ours = row("sent", holder=HERE)
+    rules.judge(ours, Report("id", "error", attempt=1, sent=6, holder=HERE, error="why"))
+    assert (ours.status, ours.error) == ("error", "why")
+
+
 def test_a_release_counts_no_start_and_keeps_the_attempt() -> None:
     task = row("sent")
     rules.judge(task, ask("a"))
@@ -148,9 +161,13 @@ def test_an_expired_message_is_sent_again_unless_somebody_holds_its_task() -> No
     assert rules.judge(lost, expired) == ACCEPTED
     assert (lost.status, lost.attempt, lost.failures) == ("pending", 1, 0)
     assert rules.judge(held, expired) == ACCEPTED and held.status == "sent"
-    of_1_1 = row("sent")  # without `sent`: its lease ends it
-    assert rules.judge(of_1_1, Report("id", "error", attempt=1, reason="expired")) == ACCEPTED
-    assert of_1_1.status == "sent"
+    suspect = row("sent", holder=NOBODY)
+    assert rules.judge(suspect, expired) == ACCEPTED
+    assert (suspect.status, suspect.holder) == ("pending", NOBODY)
+    of_1_1 = Report("id", "error", attempt=1, reason="expired")
+    for lease, status in ((0.9, "sent"), (0.5, "pending"), (None, "pending")):
+        task = row("sent", lease=lease and lease * rules.process.SENT_TIMEOUT_SECONDS)
+        assert rules.judge(task, of_1_1) == ACCEPTED and task.status == status
 
 
 def test_a_failure_of_a_message_of_1_1_counts_once() -> None:
@@ -176,6 +193,7 @@ def test_nothing_starts_of_an_ended_task() -> None:
             {"attempt": True}, {"attempt": "1"}, {"result": 5}, {"error": "\ud800"},
             {"error": "x" * 65537}, {"taskStatus": ["success"]}, {"sent": "1"}, {"sent": True},
             {"alone": 1}, {"release": -1}, {"release": float("nan")}, {"holder": "me"},
+            {"holder": NOBODY},
         )),
     ],
 )  # fmt: skip
