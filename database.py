@@ -32,6 +32,9 @@ ON CONFLICT (id) DO NOTHING
 RETURNING {TASK_COLUMNS}
 """
 
+# sent_at in microseconds since 1970, which a message carries; date_part() is the fast one.
+SENT = "round(date_part('epoch', sent_at) * 1000000)::bigint"
+
 PROBE = "SELECT FROM tasks LIMIT 0"
 
 SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
@@ -39,11 +42,11 @@ SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[]
 # Locked by id alone and in id order. A report can come before the dispatcher's COMMIT: a condition
 # on attempt or status would be tested against the old snapshot and miss the row, and locking in
 # arrival order would deadlock two groups.
-LOCK_TASKS = """
+LOCK_TASKS = f"""
 SELECT id, status, attempt, failures, starts, start_token, delayed,
-    (extract(epoch FROM sent_at) * 1000000)::bigint,
+    {SENT},
     holder,
-    extract(epoch FROM lease_until - clock_timestamp())::float8
+    date_part('epoch', lease_until - clock_timestamp())
 FROM tasks
 WHERE id = ANY(%(ids)s::uuid[])
 ORDER BY id
@@ -77,7 +80,7 @@ WHERE tasks.id = new.id
 
 # What a claim of either kind does with its candidates, in the order of their turns. It bounds a
 # batch by bytes too: a task may hold a megabyte.
-SEND_CANDIDATES = """
+SEND_CANDIDATES = f"""
 measured AS (
     SELECT
         id,
@@ -97,7 +100,7 @@ RETURNING
     tasks.id,
     tasks.text,
     tasks.attempt,
-    (extract(epoch FROM sent_at) * 1000000)::bigint,
+    {SENT},
     timeout_seconds,
     holder IS NOT NULL OR starts > 0
 """

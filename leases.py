@@ -42,7 +42,7 @@ WHERE id = ANY(ARRAY(
 """
 
 # Rows that somebody else has locked are skipped: the others' leases must not lapse for them.
-HOLD_TASKS = """
+HOLD_TASKS = f"""
 WITH mine AS MATERIALIZED (
     SELECT tasks.id
     FROM tasks
@@ -53,7 +53,7 @@ WITH mine AS MATERIALIZED (
         AND (
             holder = %(consumer)s::uuid
             OR (holder IS NULL OR holder = %(nobody)s::uuid)
-                AND (sent IS NULL OR sent = (extract(epoch FROM sent_at) * 1000000)::bigint)
+                AND (sent IS NULL OR sent = {database.SENT})
         )
     ORDER BY tasks.id
     FOR UPDATE OF tasks SKIP LOCKED

@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from dataclasses import replace
+from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +33,9 @@ PRODUCER = urlsplit(PRODUCER_URL).netloc.rpartition("@")[2]  # as it may be logg
 # The producer's own words for a report that it will never take. Anything else, a 404 of some other
 # server too, passes by itself or when an operator has mended something: nothing is lost by waiting.
 FINAL_STATUSES = {400, 409, 413}
+FIRST_SECONDS = (
+    0.25  # between two tries of the first heartbeat: until then every task is asked about
+)
 CONNECT_SECONDS = 3
 REPLY_SECONDS = 30  # longer than the producer may take, or the same report goes out twice
 
@@ -139,8 +143,9 @@ class Reporter:
             last = time.monotonic()
             try:
                 if last >= beat_at:
-                    beat_at = last + process.HEARTBEAT_SECONDS
                     self.beat()
+                    known = self.in_flight.waiting.skew is not None
+                    beat_at = last + min(process.HEARTBEAT_SECONDS, inf if known else FIRST_SECONDS)
                 else:
                     self.report(group)
                     self.backoff.succeeded()

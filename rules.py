@@ -36,12 +36,19 @@ class Row:
     changed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name; dataclasses.asdict() copies deeply, at ten times the price."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        """Return what is to be written, by name; what is None is left out."""
+        fields = {name: getattr(self, name) for name in WRITTEN}
+        return {name: value for name, value in fields.items() if value is not None}
 
     def is_held(self) -> bool:
         """Tell whether a consumer runs the task without a message."""
         return self.holder not in (None, NOBODY) and (self.lease or 0) > 0
+
+
+WRITTEN = (
+    "id", "status", "attempt", "failures", "starts", "start_token", "delayed",
+    "holder", "lease", "result", "error", "delay",
+)  # fmt: skip
 
 
 class Verdict(NamedTuple):

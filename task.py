@@ -196,9 +196,9 @@ def parse_report(element: Any) -> Report:
     report.attempt = element.get("attempt")
     if report.attempt is not None and type(report.attempt) is not int:
         raise ValueError(f"attempt: expected an integer, got {shorten(report.attempt)}")
-    for name in REPORT_FIELDS.keys() & element.keys():
-        if element[name] is not None:
-            setattr(report, name, REPORT_FIELDS[name](element[name], name))
+    for name, value in element.items():
+        if value is not None and name in REPORT_FIELDS:
+            setattr(report, name, REPORT_FIELDS[name](value, name))
     if report.status is None and report.attempt is None:
         raise ValueError("taskStatus: expected a status, or the attempt of a task in flight")
     return report

@@ -6,6 +6,7 @@ codes: 0 stdin has ended, 2 HANDLER cannot be loaded. It imports little, to stay
 import functools
 import importlib
 import json
+import json.encoder
 import os
 import random
 import sys
@@ -25,6 +26,7 @@ HANDLERS_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hand
 MAX_CHARACTERS = 64 * 1024  # of a result or error text; a line stays below a megabyte
 CO_GENERATOR, CO_ASYNC_GENERATOR = 0x20, 0x200  # of code.co_flags; inspect takes 2 MB
 
+quote = json.encoder.encode_basestring_ascii  # the encoder's own part for strings, in C
 Handler = Callable[[str], object]
 
 
@@ -67,20 +69,22 @@ class Tasks:
         self.handler = handler
         self.runner: Runner | None = None
 
-    def run(self, task: dict[str, str]) -> dict[str, str | None]:
-        """Return the outcome of a task: its result, or the text of what the handler raised."""
+    def run(self, task: dict[str, str]) -> str:
+        """Return the line that says how a task ended: its result, or the text of what the handler
+        raised."""
+        name, value = "result", "null"
         try:
             result = self.handler(task["text"])
-            if result is None:
-                return {"id": task["id"], "result": None}
             if hasattr(result, "__await__"):
                 result = self.wait_for(result)
             if hasattr(result, "__next__") or hasattr(result, "__anext__"):
                 kind = type(result).__name__
                 raise TypeError(f"expected a string or None, got a {kind} that never ran")
-            return {"id": task["id"], "result": text_of(result)}
+            if result is not None:
+                value = quote(text_of(result))
         except BaseException as error:  # SystemExit too: it ends the task, not the worker
-            return {"id": task["id"], "error": f"{type(error).__name__}: {text_of(error)}"}
+            name, value = "error", quote(f"{type(error).__name__}: {text_of(error)}")
+        return f'{{"id": {quote(task["id"])}, "{name}": {value}}}'
 
     def wait_for(self, awaitable: object) -> object:
         """Run a coroutine to its end; asyncio is imported only for those who use it."""
@@ -124,9 +128,9 @@ def close(descriptors: list[int]) -> None:
         os.close(descriptors.pop())
 
 
-def write(descriptor: int, value: object) -> None:
-    """Write a value as one line of JSON."""
-    data = json.dumps(value).encode() + b"\n"
+def write(descriptor: int, line: str) -> None:
+    """Write a line."""
+    data = line.encode() + b"\n"
     while data:  # at once, as a rule
         data = data[os.write(descriptor, data) :]
 
@@ -144,9 +148,9 @@ def main() -> None:
     try:
         handler = load_handler()
     except ValueError as error:
-        write(stdout, {"ready": False, "error": str(error)})
+        write(stdout, json.dumps({"ready": False, "error": str(error)}))
         sys.exit(2)
-    write(stdout, {"ready": True})
+    write(stdout, json.dumps({"ready": True}))
     tasks = Tasks(handler)
     lines = open(stdin, "rb")  # noqa: SIM115
     for line in lines if tickets is None else lines_with_ticket(lines, tickets):

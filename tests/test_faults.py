@@ -133,7 +133,8 @@ def test_what_is_in_flight_through_an_outage_of_the_producer_is_not_rescued(
     stack: Stack, runs: pathlib.Path
 ) -> None:
     producer = stack.producer(SENT_TIMEOUT_SECONDS=6)
-    consumers = [stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=6)) for _ in range(2)]
+    for _ in range(2):
+        stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=6))
     ids = stack.create("sleep=12 long", "sleep=2 short")
     started(stack, runs, "sleep=12 long")
     started(stack, runs, "sleep=2 short")
