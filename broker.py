@@ -183,6 +183,18 @@ def raise_when_cancelled(channel: BlockingChannel) -> None:
     channel.add_on_cancel_callback(on_cancel)
 
 
+def expect_deliveries(connection: pika.BlockingConnection) -> None:
+    """Save a quarter of what a delivery costs: for each, pika looks whether somebody has registered
+    a callback for its method, which only its own channel handles."""
+    impl = connection._impl
+    look = impl._has_pending_callbacks
+
+    def has_pending_callbacks(frame: Any) -> Any:
+        return not isinstance(frame.method, pika.spec.Basic.Deliver) and look(frame)
+
+    impl._has_pending_callbacks = has_pending_callbacks
+
+
 def pump(connection: pika.BlockingConnection, channel: BlockingChannel, seconds: float) -> None:
     """Let the connection work for a moment; raise if the broker has closed the channel, which
     process_data_events() does not say."""

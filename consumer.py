@@ -63,6 +63,7 @@ class Subscription:
         self.loads: dict[str, int] = {}  # unsettled messages of consumer tags
         self.held: dict[int, str] = {}  # to be acked when the window is smaller
         broker.raise_when_cancelled(channel)
+        broker.expect_deliveries(connection)
 
     def taken(self) -> int:
         """Return how many messages may be unsettled, once those that rows hold are acked."""
