@@ -39,6 +39,11 @@ PROBE = "SELECT FROM tasks LIMIT 0"
 
 SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
 
+# After a lock time-out: what somebody holds is left out, for the others' sake.
+SKIP_LOCKED = " SKIP LOCKED"
+
+SELECT_IDS = "SELECT id FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
+
 # Locked by id alone and in id order. A report can come before the dispatcher's COMMIT: a condition
 # on attempt or status would be tested against the old snapshot and miss the row, and locking in
 # arrival order would deadlock two groups.
@@ -229,14 +234,23 @@ def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict[str, Any
     return tasks
 
 
-def apply_reports(cursor: Any, reports: list[task.Report]) -> tuple[list[rules.Verdict], list[str]]:
+def apply_reports(
+    cursor: Any, reports: list[task.Report], skip_locked: bool = False
+) -> tuple[list[rules.Verdict], list[str]]:
     """Lock the rows, judge every report in order, write what changed; return the verdicts, and the
-    ids of the tasks that may be picked now."""
-    cursor.execute(LOCK_TASKS, {"ids": list({report.id for report in reports})})
+    ids of the tasks that may be picked now. With skip_locked, wait for no row."""
+    ids = {"ids": list({report.id for report in reports})}
+    cursor.execute(LOCK_TASKS + SKIP_LOCKED * skip_locked, ids)
     rows = {row[0]: rules.Row(*row) for row in cursor}
+    locked: set[str] = set()
+    if skip_locked:
+        cursor.execute(SELECT_IDS, ids)
+        locked = {task_id for (task_id,) in cursor} - rows.keys()
     verdicts = [
         rules.judge(rows[report.id], report)
         if report.id in rows
+        else rules.LOCKED
+        if report.id in locked
         else rules.Verdict(404, f"no task has the id {report.id}")
         for report in reports
     ]

@@ -66,8 +66,10 @@ class Watcher:
                     return
                 continue
             try:
-                count = self.report()
+                count, locked = self.report()
                 backoff.succeeded()
+                for tag in locked:  # a row that somebody has locked: the letter comes again
+                    channel.basic_nack(tag, requeue=True)
                 channel.basic_ack(self.letters[count - 1][0], multiple=True)
                 del self.letters[:count]
             except reporter.Unavailable as error:
@@ -76,15 +78,19 @@ class Watcher:
                     return  # the letters go back to their queue
                 self.pause(connection, channel, delay)
 
-    def report(self) -> int:
-        """PUT what has arrived as one group; return how many letters are done with."""
+    def report(self) -> tuple[int, list[int]]:
+        """PUT what has arrived as one group; return how many letters are done with, and the tags of
+        those among them that are not."""
         letters = self.letters[:]
+        tags = [tag for tag, report in letters if report is not None]
         reports = [report for _, report in letters if report is not None]
-        if reports:
-            for index, reason in self.client.put(reports).refused.items():
-                log.info("dead letter of %s is void: %s", reports[index].id, reason)
-            log.info("reported %d dead letters", len(reports))
-        return len(letters)
+        if not reports:
+            return len(letters), []
+        answer = self.client.put(reports)
+        for index, reason in answer.refused.items():
+            log.info("dead letter of %s is void: %s", reports[index].id, reason)
+        log.info("reported %d dead letters", len(reports))
+        return len(letters), [tags[index] for index in answer.locked]
 
     def pause(
         self, connection: pika.BlockingConnection, channel: BlockingChannel, seconds: float

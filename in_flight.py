@@ -17,6 +17,7 @@ from waiting import Waiting
 log = logging.getLogger("in_flight")
 
 REPORT_SECONDS = 0.05  # between two reports while there is more to do
+LOCKED_SECONDS = 5  # until a report of a locked row is repeated
 STUCK_SECONDS = 2  # unstarted for so long behind a busy worker: somebody else may be idle
 MAX_NAMED = 10_000  # in one heartbeat
 NAMED_SECONDS = 2  # in flight for so long: the heartbeat names it
@@ -25,11 +26,12 @@ MAX_GROUP_BYTES = 1024 * 1024
 
 
 class Answer(NamedTuple):
-    """The producer's answer to a group: why some were refused, and which of the tasks that may
-    start must be the only one of their kind here, by index."""
+    """The producer's answer to a group, by index: why some were refused, which of the tasks that
+    may start must be the only one of their kind here, and which rows somebody else has locked."""
 
     refused: dict[int, str]
     alone: set[int]
+    locked: set[int]
 
 
 class InFlight:
@@ -47,6 +49,7 @@ class InFlight:
         self.entries: dict[tuple[str, int], Entry] = {}
         self.waiting = Waiting(workers)
         self.done: collections.deque[tuple[Entry, Report]] = collections.deque()
+        self.later: list[tuple[float, Entry, Report]] = []  # rows that somebody has locked
         self.to_stop: list[Entry] = []  # which a worker has
         self.alone: Entry | None = None  # two of its workers have died with it
         self.stopping = False
@@ -157,6 +160,7 @@ class InFlight:
         with self.lock:
             while True:
                 now = time.monotonic()
+                self.bring_back(now)
                 soon = self.has_more() and not self.stopping
                 report_at = last + REPORT_SECONDS if soon else now
                 if now >= beat_at:
@@ -164,6 +168,16 @@ class InFlight:
                 if self.waiting.asking or (self.done and now >= report_at):
                     return [*self.outcomes(), *self.asks()]
                 self.reports.wait((min(report_at, beat_at) if self.done else beat_at) - now)
+
+    def bring_back(self, now: float) -> None:
+        """Report again what was locked a while ago. The lock is held."""
+        due = [each for each in self.later if now >= each[0] or self.stopping]
+        self.later = [each for each in self.later if each not in due]
+        for _, entry, report in due:
+            if entry.state == DONE:
+                self.done.append((entry, report))
+            else:
+                self.waiting.asking[entry] = None
 
     def outcomes(self) -> list[tuple[Entry, Report]]:
         """Return the first outcomes, as they are to be reported now. The lock is held."""
@@ -206,7 +220,9 @@ class InFlight:
             checked: list[Entry] = []
             for index, (entry, report) in enumerate(group):
                 refused = index in answer.refused
-                if self.done and self.done[0][1] is report:
+                if index in answer.locked:
+                    self.put_off(entry, report)
+                elif self.done and self.done[0][1] is report:
                     self.done.popleft()
                     is_over = refused or report.release is not None or report.status in ENDED
                     verdicts.append((entry, ACK if is_over else DEAD_LETTER))
@@ -224,6 +240,16 @@ class InFlight:
             self.waiting.confirm(checked)
             self.drop(verdicts)  # before is_quiet() can be true, and the connection be closed
         self.wake()
+
+    def put_off(self, entry: Entry, report: Report) -> None:
+        """Report later what somebody's lock keeps the producer from. The lock is held."""
+        if self.done and self.done[0][1] is report:
+            self.done.popleft()
+        elif entry in self.waiting.asking:
+            del self.waiting.asking[entry]
+        else:
+            return
+        self.later.append((time.monotonic() + LOCKED_SECONDS, entry, report))
 
     def allow(self, entry: Entry, alone: bool) -> None:
         """Let a suspect start: its row holds it from now on. The lock is held."""
@@ -337,4 +363,4 @@ class InFlight:
         """Tell whether nothing runs, and nothing waits for an answer."""
         with self.lock:
             fed = any(entry.state == FED for entry in self.entries.values())
-            return not (fed or self.done or self.waiting.asking)
+            return not (fed or self.done or self.later or self.waiting.asking)

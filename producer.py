@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import bottle
+import psycopg2.errors
 
 import api
 import database
@@ -147,7 +148,8 @@ def update_task_status() -> bytes:
 
 def update_many(elements: list[Any]) -> bytes:
     """Apply each report for itself: one that is wrong is rejected, the others count. Of the starts
-    that were asked for, `alone` has those that may run beside no other of their kind."""
+    that were asked for, `alone` has those that may run beside no other of their kind. With
+    `?skipLocked=true`, `locked` has those that are to be repeated: somebody else holds the row."""
     if len(elements) > MAX_ELEMENTS:
         api.refuse(413, f"expected at most {MAX_ELEMENTS} reports, got {len(elements)}")
     reports: dict[int, task.Report] = {}
@@ -157,27 +159,39 @@ def update_many(elements: list[Any]) -> bytes:
             reports[index] = task.parse_report(element)
         except ValueError as error:
             reasons[index] = str(error)
-    alone = []
-    for index, verdict in zip(reports, apply(list(reports.values())), strict=True):
-        if verdict.code != 200:
+    skip_locked = api.read_form(bottle.request.query_string).get("skipLocked") == "true"
+    verdicts = dict(zip(reports, apply(list(reports.values()), skip_locked), strict=True))
+    lists: dict[str, list[int]] = {
+        name: [index for index, verdict in verdicts.items() if verdict == of]
+        for name, of in (("alone", rules.ALONE), ("locked", rules.LOCKED))
+    }
+    for index, verdict in verdicts.items():
+        if verdict.code not in (200, rules.LOCKED.code):
             reasons[index] = verdict.reason
-        elif verdict == rules.ALONE:
-            alone.append(index)
     rejected = [
         {"index": index, "taskId": id_of(elements[index]), "reason": reasons[index]}
         for index in sorted(reasons)
     ]
-    counts: dict[str, Any] = {"updated": len(elements) - len(rejected), "rejected": rejected}
-    return api.answer(counts | {"alone": alone} if alone else counts)
+    updated = len(elements) - len(rejected) - len(lists["locked"])
+    counts: dict[str, Any] = {"updated": updated, "rejected": rejected}
+    return api.answer(counts | {name: value for name, value in lists.items() if value})
 
 
-def apply(reports: list[task.Report]) -> list[rules.Verdict]:
-    """Apply reports in one transaction; return a verdict for each."""
+def apply(reports: list[task.Report], skip_locked: bool = False) -> list[rules.Verdict]:
+    """Apply reports in one transaction; return a verdict for each. With skip_locked, a row that is
+    locked for long holds up no other."""
     # without an attempt, a second try after a COMMIT of unknown outcome could undo a newer change
     fenced = all(report.attempt is not None for report in reports)
-    verdicts, ready = connections.transaction(
-        lambda cursor: database.apply_reports(cursor, reports), fenced
-    )
+    try:
+        verdicts, ready = connections.transaction(
+            lambda cursor: database.apply_reports(cursor, reports), fenced
+        )
+    except pool.Unavailable as error:
+        if not (skip_locked and isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)):
+            raise
+        verdicts, ready = connections.transaction(
+            lambda cursor: database.apply_reports(cursor, reports, skip_locked=True), fenced
+        )
     if ready:
         arrivals.add(ready)
     return verdicts

@@ -50,7 +50,7 @@ class Client:
     def __init__(self) -> None:
         self.session = requests.Session()
         self.session.trust_env = False  # proxies of the environment are not for the producer
-        self.updates = self.prepare("update-task-status")
+        self.updates = self.prepare("update-task-status?skipLocked=true")
         self.heartbeats = self.prepare("consumer-heartbeat")
 
     def prepare(self, call: str) -> requests.PreparedRequest:
@@ -77,7 +77,7 @@ class Client:
             if answer.status_code == 200:
                 body = answer.json()
                 refused = {each["index"]: each["reason"] for each in body["rejected"]}
-                return Answer(refused, set(body.get("alone", ())))
+                return Answer(refused, *(set(body.get(name, ())) for name in ("alone", "locked")))
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise Unavailable(f"{PRODUCER}: {error}") from error
         status, reason = answer.status_code, answer.text[:200]
@@ -88,8 +88,11 @@ class Client:
             half = len(reports) // 2
             first, second = self.put(reports[:half]), self.put(reports[half:])
             refused = {half + index: why for index, why in second.refused.items()}
-            return Answer(first.refused | refused, first.alone | {half + i for i in second.alone})
-        return Answer({0: f"{status}: {reason}"}, set()) if final else self.put([cut(reports[0])])
+            alone, locked = ({half + index for index in each} for each in second[1:])
+            return Answer(first.refused | refused, first.alone | alone, first.locked | locked)
+        if final:
+            return Answer({0: f"{status}: {reason}"}, set(), set())
+        return self.put([cut(reports[0])])
 
     def beat(self, heartbeat: dict[str, Any]) -> dict[str, Any]:
         """PUT a heartbeat; return the answer: now, held and stop. Raise Unavailable."""

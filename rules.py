@@ -59,6 +59,7 @@ class Verdict(NamedTuple):
 
 
 ACCEPTED = Verdict(200)
+LOCKED = Verdict(503, "locked: another transaction holds the row")
 HELD = Verdict(409, "held: another consumer runs the task")
 ALONE = Verdict(200, "alone")  # the task may start, beside no other that has killed workers
 

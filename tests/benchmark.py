@@ -26,7 +26,7 @@ from typing import Any
 import psycopg2
 
 from native import servers
-from tests import load
+from tests import load, worker_parts
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
@@ -220,7 +220,12 @@ PARTS = {
     "dead": dead_letters,
     "scaling": scaling,
     "growth": growth,
+    "burst": worker_parts.burst,
+    "processors": worker_parts.processors,
+    "memory": worker_parts.memory,
+    "soak": worker_parts.soak,
 }
+LONG = ("soak",)  # only when asked for
 ALONE = ("pipe",)  # has nothing of the project
 
 
@@ -259,7 +264,7 @@ def options() -> argparse.Namespace:
     """Return the command line's words."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=30_000)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts")
+    parser.add_argument("--only", default=",".join(p for p in PARTS if p not in LONG))
     parser.add_argument("--peer", help="a Python with fastapi, uvicorn[standard] and asyncpg")
     parser.add_argument("--runs", type=int, default=1, help="print the median of so many")
     parser.add_argument("--against", type=pathlib.Path, help="another checkout")

@@ -29,10 +29,6 @@ def note(text: str) -> str | None:
             time.sleep(60)
         elif name == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        elif name == "burn":
-            end = time.process_time() + float(value)
-            while time.process_time() < end:
-                pass
         elif name == "exit":
             raise SystemExit(3)
         elif name == "scream":
@@ -68,6 +64,19 @@ def generator(text: str) -> Iterator[str]:
 def lazy(text: str) -> object:
     """Return what would still have to be run."""
     return generator(text)
+
+
+def nap(text: str) -> None:
+    """Sleep for so many seconds."""
+    if text != "0":
+        time.sleep(float(text))
+
+
+def burn(text: str) -> None:
+    """Take so many seconds of a processor."""
+    end = time.thread_time() + float(text)
+    while time.thread_time() < end:
+        pass
 
 
 def count(text: str) -> None:

@@ -419,6 +419,25 @@ def test_a_row_locked_for_too_long_is_a_503_and_not_a_hang(stack: Stack) -> None
         assert time.monotonic() - began < 10
 
 
+def test_a_locked_row_holds_up_no_other_outcome_start_or_dead_letter(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    stack.consumer(**handler(runs, CONCURRENCY=3))
+    ids = stack.create("sleep=2 a", "sleep=2 fail b")
+    for text in ("sleep=2 a", "sleep=2 fail b"):
+        started(stack, runs, text)
+    with contextlib.closing(psycopg2.connect(stack.database_url)) as psql:
+        psql.cursor().execute("SELECT FROM tasks WHERE id = ANY(%s::uuid[]) FOR UPDATE", (ids,))
+        more = stack.create(*[f"sleep=0.1 {index}" for index in range(40)], "fail c")
+        stack.wait_status(more[:-1], "success", timeout=60)
+        stack.wait_status(more[-1:], "error", timeout=60)
+        assert stack.get(ids[0])["taskStatus"] == "sent"
+    stack.wait_ended(timeout=60)
+    assert set(stack.runs(runs).values()) == {1}
+    until(lambda: stack.unsettled() == {})
+
+
 def test_a_stale_report_changes_nothing_and_its_message_is_acked(
     stack: Stack, runs: pathlib.Path
 ) -> None:

@@ -61,7 +61,7 @@ def flight() -> InFlight:
 def answered(flight: InFlight, refused: dict | None = None, alone: set = frozenset()) -> list:
     """Have what is to be reported answered; return the reports."""
     group = flight.collect(0.0, float("inf"))
-    flight.accept(group, Answer(refused or {}, alone))
+    flight.accept(group, Answer(refused or {}, set(alone), set()))
     return [report for _, report in group]
 
 
@@ -139,7 +139,7 @@ def test_a_newer_copy_takes_the_place_of_an_older_one(
     tasks.admit([entry(broker, "a", 2, sent=2)])  # while the older one is asked about
     tasks.admit([entry(broker, "a", 3, sent=1)])
     assert broker.settled == {1: entry_states.ACK, 3: entry_states.ACK}
-    tasks.accept(group, Answer({0: "stale"}, set()))
+    tasks.accept(group, Answer({0: "stale"}, set(), set()))
     [report] = answered(tasks)
     assert report.sent == 2
     assert names(tasks.take(1, 1)) == ["a"]
