@@ -212,7 +212,7 @@ class Consumer:
         task without a message need none, and without any worker nothing is taken."""
         self.fit_width(subscription)
         self.hand_back(subscription)
-        free = 0 if self.pool.is_broken() else CONCURRENCY - self.in_flight.held_count()
+        free = 0 if self.pool.is_broken else CONCURRENCY - self.in_flight.held_count()
         window = math.ceil(self.width * max(free, 0) / CONCURRENCY)
         if window != self.window:
             self.window = window
@@ -229,7 +229,7 @@ class Consumer:
         pace = max(self.pace, elapsed)
         if PREFETCH:
             self.width = PREFETCH if elapsed < STUCK_SECONDS else min(self.width, PREFETCH)
-        elif pace:
+        elif self.pace:  # of tasks that have ended: one that has just begun says nothing
             target = CONCURRENCY * IN_FLIGHT_SECONDS / pace
             width = int(min(target, MAX_WINDOW, MAX_WINDOW_BYTES / max(size, 1)))
             width = max(width, CONCURRENCY)
@@ -242,7 +242,7 @@ class Consumer:
         """Return to the broker what waits behind long tasks: another consumer may be idle. A fixed
         window is patient while any task is quicker."""
         since, now = self.pool.full_since, time.monotonic()
-        if not self.pool.is_broken() and (
+        if not self.pool.is_broken and (
             since is None or (PREFETCH and now - since < STUCK_SECONDS)
         ):
             return

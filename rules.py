@@ -148,6 +148,7 @@ def start(row: Row, report: Report) -> Verdict:
     """Count the start of a suspect and have its row hold it; the third one fails the attempt."""
     if report.started != row.start_token:
         if row.starts + 1 >= MAX_STARTS:
+            row.starts += 1
             cause = f", the last time by {report.error}" if report.error else ""
             count_failure(row, f"killed its worker {MAX_STARTS} times{cause}")
             return Verdict(409, row.error or "")

@@ -52,7 +52,8 @@ class Pool:
         self.full_since: float | None = None  # since when every worker is busy with one task
         self.stops: list[Entry] = []
         self.look_at = 0.0
-        self.ready_at = 0.0  # when a worker was last ready, or busy
+        self.ready_at = 0.0  # when a worker was last ready
+        self.is_broken = False  # there has been none for a while
         self.starts = process.Backoff(log, "no worker could start")
         self.start_at = 0.0
         self.started = threading.Event()  # the first worker was ready, or will never be
@@ -66,10 +67,6 @@ class Pool:
             self.awake = True
             with contextlib.suppress(BlockingIOError):
                 self.bell.send(b"!")
-
-    def is_broken(self) -> bool:
-        """Tell whether there has been no worker for a while."""
-        return time.monotonic() - self.ready_at > STUCK_SECONDS
 
     def run(self) -> None:
         """Run tasks until all workers have ended after a stop: the body of a thread that lives as
@@ -101,6 +98,7 @@ class Pool:
             self.attend(worker, now)
         if any(worker.ready for worker in self.workers):
             self.ready_at = now
+        self.is_broken = now - self.ready_at > STUCK_SECONDS
         self.stops += self.in_flight.take_stops()
         self.stops = [entry for entry in self.stops if not self.stop_task(entry)]
         if self.in_flight.stopping:
