@@ -1,37 +1,23 @@
 """What a consumer has in flight: each task from its delivery to the end of its report. Here the
 broker's I/O thread, the pool's thread and the reporter meet."""
 
-import collections
-import itertools
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from entry import ACK, ALLOWED, DEAD_LETTER, DONE, FED, HELD, Entry, settle
+from outcomes import Answer, Outcomes
 from task import ENDED, Report
 from waiting import Waiting
 
 log = logging.getLogger("in_flight")
 
 REPORT_SECONDS = 0.05  # between two reports while there is more to do
-LOCKED_SECONDS = 5  # until a report of a locked row is repeated
 STUCK_SECONDS = 2  # unstarted for so long behind a busy worker: somebody else may be idle
 MAX_NAMED = 10_000  # in one heartbeat
 NAMED_SECONDS = 2  # in flight for so long: the heartbeat names it
-MAX_GROUP = 1000  # reports in one PUT
-MAX_GROUP_BYTES = 1024 * 1024
-
-
-class Answer(NamedTuple):
-    """The producer's answer to a group, by index: why some were refused, which of the tasks that
-    may start must be the only one of their kind here, and which rows somebody else has locked."""
-
-    refused: dict[int, str]
-    alone: set[int]
-    locked: set[int]
 
 
 class InFlight:
@@ -48,8 +34,7 @@ class InFlight:
         self.wake: Callable[[], None] = lambda: None  # lets the pool look for work
         self.entries: dict[tuple[str, int], Entry] = {}
         self.waiting = Waiting(workers)
-        self.done: collections.deque[tuple[Entry, Report]] = collections.deque()
-        self.later: list[tuple[float, Entry, Report]] = []  # rows that somebody has locked
+        self.outcomes = Outcomes(consumer)
         self.to_stop: list[Entry] = []  # which a worker has
         self.alone: Entry | None = None  # two of its workers have died with it
         self.stopping = False
@@ -91,11 +76,11 @@ class InFlight:
             for entry, _ in ended:
                 entry.state = DONE
                 self.leave(entry)
-            self.done += ended
+            self.outcomes.done += ended
             self.fed -= len(ended)
             self.finished += len(ended)
             self.busy_seconds += seconds
-            self.news = self.news or len(self.done) == len(ended) or not self.has_more()
+            self.news = self.news or len(self.outcomes.done) == len(ended) or not self.has_more()
 
     def announce(self) -> None:
         """Let the reporter go on, after what has ended was followed by asks for what comes next:
@@ -140,7 +125,8 @@ class InFlight:
     def release(self, entry: Entry) -> None:
         """Give a task back to the table, its start uncounted. The lock is held."""
         entry.state = DONE
-        self.done.append((entry, entry.report(release=0.0, started=entry.token or None)))
+        report = entry.report(release=0.0, started=entry.token or None)
+        self.outcomes.done.append((entry, report))
         self.reports.notify()
 
     def drop(self, verdicts: list[tuple[Entry, str]]) -> None:
@@ -160,54 +146,19 @@ class InFlight:
         with self.lock:
             while True:
                 now = time.monotonic()
-                self.bring_back(now)
+                for entry in self.outcomes.bring_back(now, self.stopping):
+                    self.waiting.asking[entry] = None
                 soon = self.has_more() and not self.stopping
                 report_at = last + REPORT_SECONDS if soon else now
                 if now >= beat_at:
                     return []
-                if self.waiting.asking or (self.done and now >= report_at):
-                    return [*self.outcomes(), *self.asks()]
-                self.reports.wait((min(report_at, beat_at) if self.done else beat_at) - now)
-
-    def bring_back(self, now: float) -> None:
-        """Report again what was locked a while ago. The lock is held."""
-        due = [each for each in self.later if now >= each[0] or self.stopping]
-        self.later = [each for each in self.later if each not in due]
-        for _, entry, report in due:
-            if entry.state == DONE:
-                self.done.append((entry, report))
-            else:
-                self.waiting.asking[entry] = None
-
-    def outcomes(self) -> list[tuple[Entry, Report]]:
-        """Return the first outcomes, as they are to be reported now. The lock is held."""
-        group: list[tuple[Entry, Report]] = []
-        size = 0
-        for entry, report in itertools.islice(self.done, MAX_GROUP):
-            size += len(report.result or "") + len(report.error or "")
-            if group and size > MAX_GROUP_BYTES:
-                break
-            if report.status != "success":
-                report.holder = self.consumer
-                if report.release is None:
-                    # A failure goes by its dead letter, if there is a message to make it of.
-                    by_letter = entry.deliveries and not entry.held
-                    report.status = None if by_letter else "error"
-            group.append((entry, report))
-        return group
-
-    def asks(self) -> list[tuple[Entry, Report]]:
-        """Return what asks whether tasks may start. The lock is held."""
-        group: list[tuple[Entry, Report]] = []
-        alone = self.alone is None  # the turn is free; one suspect of a group may get it
-        for entry in itertools.islice(self.waiting.asking, MAX_GROUP):
-            report = entry.report(holder=self.consumer)
-            if entry.suspect:
-                entry.token = entry.token or uuid.uuid4().hex
-                report.started, report.error, report.alone = entry.token, entry.cause or None, alone
-                alone = False
-            group.append((entry, report))
-        return group
+                done = bool(self.outcomes.done)
+                if self.waiting.asking or (done and now >= report_at):
+                    return [
+                        *self.outcomes.group(),
+                        *self.waiting.asks(self.consumer, self.alone is None),
+                    ]
+                self.reports.wait((min(report_at, beat_at) if done else beat_at) - now)
 
     def accept(self, group: list[tuple[Entry, Report]], answer: Answer) -> None:
         """Act on the producer's answer to a group: let tasks start, and settle what is over.
@@ -221,9 +172,9 @@ class InFlight:
             for index, (entry, report) in enumerate(group):
                 refused = index in answer.refused
                 if index in answer.locked:
-                    self.put_off(entry, report)
-                elif self.done and self.done[0][1] is report:
-                    self.done.popleft()
+                    self.waiting.asking.pop(entry, None)
+                    self.outcomes.put_off(entry, report)
+                elif self.outcomes.take_first(report):
                     is_over = refused or report.release is not None or report.status in ENDED
                     verdicts.append((entry, ACK if is_over else DEAD_LETTER))
                 elif entry in self.waiting.asking:
@@ -240,16 +191,6 @@ class InFlight:
             self.waiting.confirm(checked)
             self.drop(verdicts)  # before is_quiet() can be true, and the connection be closed
         self.wake()
-
-    def put_off(self, entry: Entry, report: Report) -> None:
-        """Report later what somebody's lock keeps the producer from. The lock is held."""
-        if self.done and self.done[0][1] is report:
-            self.done.popleft()
-        elif entry in self.waiting.asking:
-            del self.waiting.asking[entry]
-        else:
-            return
-        self.later.append((time.monotonic() + LOCKED_SECONDS, entry, report))
 
     def allow(self, entry: Entry, alone: bool) -> None:
         """Let a suspect start: its row holds it from now on. The lock is held."""
@@ -363,4 +304,4 @@ class InFlight:
         """Tell whether nothing runs, and nothing waits for an answer."""
         with self.lock:
             fed = any(entry.state == FED for entry in self.entries.values())
-            return not (fed or self.done or self.later or self.waiting.asking)
+            return not (fed or self.outcomes or self.waiting.asking)

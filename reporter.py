@@ -14,7 +14,8 @@ import requests
 
 import process
 from entry import Entry
-from in_flight import Answer, InFlight
+from in_flight import InFlight
+from outcomes import Answer
 from task import Report
 
 log = logging.getLogger("reporter")

@@ -2,9 +2,13 @@
 Without a lock: InFlight calls it under its own."""
 
 import collections
+import itertools
 import time
+import uuid
 
 from entry import ALLOWED, ASKING, WAITING, Entry
+from outcomes import MAX_GROUP
+from task import Report
 
 CURRENT_SECONDS = 1.0  # a message that has waited for longer may have been cancelled
 RESERVED_SECONDS = 0.25  # an idle worker waits for the answer about a suspect
@@ -92,6 +96,19 @@ class Waiting:
         """Let the reporter ask whether a task may start."""
         entry.state, entry.asked_at = ASKING, now
         self.asking[entry] = None
+
+    def asks(self, consumer: str, alone: bool) -> list[tuple[Entry, Report]]:
+        """Return what asks whether tasks may start; alone: the turn for one that must run alone is
+        free. One suspect of a group may get it."""
+        group: list[tuple[Entry, Report]] = []
+        for entry in itertools.islice(self.asking, MAX_GROUP):
+            report = entry.report(holder=consumer)
+            if entry.suspect:
+                entry.token = entry.token or uuid.uuid4().hex
+                report.started, report.error, report.alone = entry.token, entry.cause or None, alone
+                alone = False
+            group.append((entry, report))
+        return group
 
     def count(self) -> tuple[int, bool]:
         """Return how many tasks wait, and whether one of them needs a worker of its own."""

@@ -8,7 +8,8 @@ import entry as entry_states
 import in_flight
 import waiting
 from entry import Entry
-from in_flight import Answer, InFlight
+from in_flight import InFlight
+from outcomes import Answer
 from task import Message, Report
 
 pytestmark = pytest.mark.pure

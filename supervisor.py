@@ -1,0 +1,221 @@
+"""Looks after the consumer's worker processes: starts them, reads what they say, and ends those
+that take too long, write garbage, or are told to stop. Only the pool's thread runs this."""
+
+import contextlib
+import functools
+import logging
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import process
+from entry import Entry
+from in_flight import InFlight
+from worker_process import READY_SECONDS, SILENT_SECONDS, WORKER, Garbage, WorkerProcess
+
+log = logging.getLogger("workers")
+
+CONCURRENCY = process.setting("CONCURRENCY", 1, process.whole(1, 1000))
+TASK_TIMEOUT_SECONDS = process.setting("TASK_TIMEOUT_SECONDS", 0.0, process.number(0, 10**7))
+TASKS_PER_WORKER = process.setting("TASKS_PER_WORKER", 0, process.whole(0, 10**9))
+
+AHEAD_SECONDS = 0.01  # of work, which a worker is fed at once
+STARTING = 4  # workers at a time: each takes 30 ms of a processor
+START_SECONDS = 600  # a model may be large
+
+
+class Supervisor:
+    """Up to CONCURRENCY worker processes, started when there is work for them."""
+
+    def __init__(self, in_flight: InFlight) -> None:
+        self.in_flight = in_flight
+        in_flight.wake = self.wake
+        self.selector = selectors.DefaultSelector()
+        self.workers: list[WorkerProcess] = []
+        self.bell, bell = socket.socketpair()
+        self.bell.setblocking(False)
+        bell.setblocking(False)
+        self.selector.register(bell, selectors.EVENT_READ, lambda: bell.recv(4096))
+        self.awake = False
+        self.pace = 0.0  # seconds that a task takes, a moving average
+        self.starts = process.Backoff(log, "no worker could start")
+        self.start_at = 0.0
+        self.started = threading.Event()  # the first worker was ready, or will never be
+        self.refusal = ""  # why not
+
+    def wake(self) -> None:
+        """Let the pool look for work: for any thread."""
+        if not self.awake:
+            self.awake = True
+            with contextlib.suppress(BlockingIOError):
+                self.bell.send(b"!")
+
+    def start_workers(self, now: float) -> None:
+        """Start workers for what waits; one is always there."""
+        waiting, _ = self.in_flight.waiting.count()
+        starting = sum(not worker.ready for worker in self.workers)
+        idle = sum(worker.ready and not worker.fed for worker in self.workers)
+        missing = min(
+            max(waiting, 1 if not self.workers else 0) - idle, CONCURRENCY - len(self.workers)
+        )
+        for _ in range(min(missing - starting, STARTING - starting)):
+            if now < self.start_at:
+                return
+            try:
+                worker = WorkerProcess()
+            except OSError as error:
+                self.start_at = now + self.starts.failed(error)
+                return
+            self.workers.append(worker)
+            self.watch(worker.stdout, functools.partial(self.on_outcomes, worker))
+            self.watch(worker.stderr, functools.partial(self.on_log, worker))
+
+    def watch(self, descriptor: int, call: Callable[[], object], write: bool = False) -> None:
+        """Have the loop call when a descriptor can be read, or written."""
+        events = selectors.EVENT_WRITE if write else selectors.EVENT_READ
+        self.selector.register(descriptor, events, call)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Forget a descriptor, if it was watched."""
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(descriptor)
+
+    def on_outcomes(self, worker: WorkerProcess) -> None:
+        """Take what a worker has written. It may have been buried a moment ago."""
+        if worker not in self.workers:
+            return
+        was_ready = worker.ready
+        self.read(worker)
+        if worker.ready and not was_ready:
+            self.is_ready()
+        elif worker.refusal and not self.started.is_set():
+            self.refusal = worker.refusal
+            self.started.set()
+        if worker.silent_at:
+            self.unwatch(worker.stdout)
+            if worker.has_exited():
+                self.bury(worker)
+
+    def is_ready(self) -> None:
+        """Note that workers can be started."""
+        self.starts.succeeded()
+        self.started.set()
+
+    def read(self, worker: WorkerProcess) -> None:
+        """Hand outcomes on, and measure how long their tasks took."""
+        began = worker.fed[0].started if worker.fed else 0.0
+        try:
+            ended = worker.read()
+        except Garbage as error:
+            ended = []
+            worker.why = worker.why or str(error)
+        if ended:
+            now = time.monotonic()
+            seconds = now - began
+            pace = seconds / len(ended)
+            self.pace = (self.pace + pace) / 2 if self.pace else pace
+            if worker.fed:
+                worker.fed[0].started = now
+            self.in_flight.finish(ended, seconds)
+        if worker.why and not worker.kill_at:
+            self.kill(worker, worker.why)
+        elif TASKS_PER_WORKER and worker.answered >= TASKS_PER_WORKER and not worker.why:
+            self.unwatch(worker.stdin)
+            worker.retire()
+
+    def on_log(self, worker: WorkerProcess) -> None:
+        """Log what a worker has written to stderr."""
+        if worker in self.workers and not worker.drain_log():
+            self.unwatch(worker.stderr)
+
+    def attend(self, worker: WorkerProcess, now: float) -> None:
+        """Act on how long a worker has taken: for its task, to start, or to end."""
+        if WORKER and not worker.ready and not worker.why and now - worker.began >= READY_SECONDS:
+            worker.ready = True
+            self.is_ready()
+        if worker.kill_at:
+            if now >= worker.kill_at:
+                worker.signal(signal.SIGKILL)
+        elif worker.silent_at and now - worker.silent_at >= SILENT_SECONDS:
+            self.kill(worker, "closed its stdout")
+        elif worker.deaf_at and now - worker.deaf_at >= SILENT_SECONDS:
+            self.end(worker, "closed its stdin")
+        elif not worker.ready and now - worker.began >= START_SECONDS:
+            self.kill(worker, f"was not ready after {START_SECONDS} s")
+        elif worker.fed:
+            elapsed = now - worker.fed[0].started
+            limit = limit_of(worker.fed[0])
+            if limit and elapsed >= limit:
+                self.end(worker, f"timed out after {limit:g} s")
+            elif len(worker.fed) > 1 and elapsed >= 2 * AHEAD_SECONDS:
+                self.pace = max(self.pace, elapsed)
+                self.in_flight.give_back(worker.take_back())
+
+    def end(self, worker: WorkerProcess, why: str) -> None:
+        """End a worker for what it runs, unless that is answered by now."""
+        running = worker.fed[0] if worker.fed else None
+        back = worker.take_back()
+        self.in_flight.give_back(back)
+        if worker.fed:
+            self.read(worker)
+        if worker.kill_at:
+            return
+        if running is None or (worker.fed and worker.fed[0] is running):
+            self.kill(worker, why)
+        elif running in back and why != "stopped":  # it has not even begun in all that time
+            self.kill(worker, "took no task")
+
+    def kill(self, worker: WorkerProcess, why: str) -> None:
+        """Tell a worker to end; what it has not begun is for others."""
+        self.in_flight.give_back(worker.take_back())
+        worker.end(why)
+
+    def stop_task(self, entry: Entry) -> bool:
+        """Have a task that a worker was fed not run, or not run on; return whether that is done."""
+        for worker in self.workers:
+            if entry in worker.fed:
+                if worker.fed[0] is entry:
+                    self.end(worker, "stopped")
+                else:
+                    self.in_flight.give_back(worker.take_back())
+                return entry not in worker.fed or bool(worker.kill_at)
+        return True
+
+    def bury(self, worker: WorkerProcess) -> None:
+        """Take leave of a worker that has ended: read its last words, judge what it ran."""
+        if worker.fed:
+            self.read(worker)
+        self.in_flight.give_back(worker.take_back())
+        worker.drain_log()
+        for descriptor in (worker.stdin, worker.stdout, worker.stderr):
+            self.unwatch(descriptor)
+        cause = worker.bury()
+        self.workers.remove(worker)
+        if worker.refusal:  # it was fed before it said so: what it had is not to blame
+            worker.ready = False
+            self.in_flight.give_back([worker.fed.popleft() for _ in range(len(worker.fed))])
+        if not worker.ready and not self.in_flight.stopping:
+            reason = worker.refusal or worker.why or f"a worker has ended with {cause}"
+            self.start_at = time.monotonic() + self.starts.failed(reason)
+        if worker.fed:
+            self.judge(worker, worker.fed.popleft(), cause)
+            self.in_flight.give_back(list(worker.fed))
+
+    def judge(self, worker: WorkerProcess, entry: Entry, cause: str) -> None:
+        """Say what becomes of the task that a worker has ended with."""
+        why = worker.why
+        if why in ("", "stopped", "retired") or entry.stopped:
+            log.warning("task %s ended its worker: %s", entry.message.id, why or cause)
+            self.in_flight.died(entry, cause)
+            return
+        reason = why if why.startswith("timed out") else f"its worker {why}"
+        log.warning("task %s failed: %s", entry.message.id, reason)
+        self.in_flight.finish([(entry, entry.report(error=reason))], 0.0)
+
+
+def limit_of(entry: Entry) -> float | None:
+    """Return the seconds that a run of a task may take; None for no limit."""
+    return entry.message.timeout or TASK_TIMEOUT_SECONDS or None
