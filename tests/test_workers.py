@@ -12,6 +12,7 @@ import pytest
 
 from native import servers
 from tests.stack import Stack, until
+from tests.worker_parts import processor_seconds
 
 
 @pytest.fixture
@@ -143,6 +144,21 @@ def test_a_cancelled_task_is_ended_and_its_process_is_gone(
     until(lambda: stack.unsettled() == {})
 
 
+def test_a_worker_that_ignores_sigterm_is_killed_and_nobody_waits_busily(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    consumer = stack.consumer(**handler(runs))
+    [task_id] = stack.create("ignore sleep=1000", timeoutSeconds=1)
+    wait_running(stack, runs, "ignore sleep=1000")
+    before, began = processor_seconds([consumer.pid]), time.monotonic()
+    stack.wait_status([task_id], "error", timeout=20)
+    assert 5 < time.monotonic() - began < 15
+    assert processor_seconds([consumer.pid]) - before < 2
+    assert stack.get(task_id)["error"] == "timed out after 1 s"
+    stack.wait_status(stack.create("after"), "success")
+
+
 def test_of_what_was_cancelled_nothing_starts(stack: Stack, runs: pathlib.Path) -> None:
     """Queued, in flight, ahead in a worker's pipe, running, and done but unreported."""
     stack.producer()
@@ -177,10 +193,10 @@ def test_workers_die_with_their_consumer(stack: Stack, runs: pathlib.Path) -> No
 
 def test_a_worker_ends_after_so_many_tasks(stack: Stack, runs: pathlib.Path) -> None:
     stack.producer()
-    consumer = stack.consumer(**handler(runs, TASKS_PER_WORKER=10))
+    consumer = stack.consumer(**handler(runs, TASKS_PER_WORKER=3, CONCURRENCY=4))
     until(lambda: workers_of(consumer))
     first = workers_of(consumer)
-    ids = stack.create(*map(str, range(95)))
+    ids = stack.create(*[f"sleep=0.01 {index}" for index in range(400)])
     stack.wait_status(ids, "success")
     assert set(stack.runs(runs).values()) == {1}
     until(lambda: workers_of(consumer) and not set(first) & set(workers_of(consumer)))
