@@ -118,7 +118,8 @@ class Consumer:
             self.pace = (self.pace + seconds / count) / 2 if self.pace else seconds / count
         full_since = self.pool.full_since
         elapsed = 0.0 if full_since is None else time.monotonic() - full_since
-        pace = max(self.pace, elapsed)
+        # Less may be a thread that waits for its turn, not a task.
+        pace = max(self.pace, elapsed if elapsed > IN_FLIGHT_SECONDS else 0.0)
         if PREFETCH:
             self.width = PREFETCH if elapsed < STUCK_SECONDS else min(self.width, PREFETCH)
         elif self.pace:  # of tasks that have ended: one that has just begun says nothing

@@ -1,6 +1,5 @@
 """Handlers that the tests give to consumers, HANDLER=handlers:NAME; each run is a line in RUNS."""
 
-import asyncio
 import mmap
 import os
 import pathlib
@@ -53,6 +52,8 @@ def fail_twice(text: str) -> str:
 
 async def asynchronous(text: str) -> str:
     """Note the run, and answer after a pause that others could use."""
+    import asyncio  # 3 MB in each worker of the other tests, too
+
     await asyncio.sleep(0.01)
     note(text)
     return f"awaited {text}"
