@@ -23,6 +23,7 @@ TASK_TIMEOUT_SECONDS = process.setting("TASK_TIMEOUT_SECONDS", 0.0, process.numb
 TASKS_PER_WORKER = process.setting("TASKS_PER_WORKER", 0, process.whole(0, 10**9))
 
 AHEAD_SECONDS = 0.01  # of work, which a worker is fed at once
+SLOW_SECONDS = 0.05  # such tasks are fed one at a time
 STARTING = 4  # workers at a time: each takes 30 ms of a processor
 START_SECONDS = 600  # a model may be large
 
@@ -150,9 +151,13 @@ class Supervisor:
             limit = limit_of(worker.fed[0])
             if limit and elapsed >= limit:
                 self.end(worker, f"timed out after {limit:g} s")
-            elif len(worker.fed) > 1 and elapsed >= 2 * AHEAD_SECONDS:
+            elif len(worker.fed) > 1 and elapsed >= self.patience():
                 self.pace = max(self.pace, elapsed)
                 self.in_flight.give_back(worker.take_back())
+
+    def patience(self) -> float:
+        """Return after how many seconds of one task those behind it are taken back."""
+        return 2 * max(AHEAD_SECONDS, min(self.pace, SLOW_SECONDS))
 
     def end(self, worker: WorkerProcess, why: str) -> None:
         """End a worker for what it runs, unless that is answered by now."""

@@ -9,7 +9,14 @@ import time
 import process
 from entry import Entry
 from in_flight import STUCK_SECONDS, InFlight
-from supervisor import AHEAD_SECONDS, CONCURRENCY, TASKS_PER_WORKER, Supervisor, limit_of
+from supervisor import (
+    AHEAD_SECONDS,
+    CONCURRENCY,
+    SLOW_SECONDS,
+    TASKS_PER_WORKER,
+    Supervisor,
+    limit_of,
+)
 from worker_process import WORKER, WorkerProcess
 
 log = logging.getLogger("workers")
@@ -91,7 +98,7 @@ class Pool(Supervisor):
             if worker.kill_at or not worker.fed:
                 continue
             if len(worker.fed) > 1:
-                times.append(worker.fed[0].started + 2 * AHEAD_SECONDS)
+                times.append(worker.fed[0].started + self.patience())
             if limit := limit_of(worker.fed[0]):
                 times.append(worker.fed[0].started + limit)
         soonest = min(times)
@@ -104,8 +111,9 @@ class Pool(Supervisor):
         if not waiting:
             return
         ahead = 1
-        if not (WORKER or suspects) and self.pace:
-            ahead = int(min(MAX_AHEAD, max(1, AHEAD_SECONDS / self.pace)))
+        if not (WORKER or suspects) and 0 < self.pace < SLOW_SECONDS:
+            # One more than runs, so that no worker waits for this thread's turn.
+            ahead = min(MAX_AHEAD, 1 + math.ceil(AHEAD_SECONDS / self.pace))
         able = [worker for worker in self.workers if worker.can_work()]
         hungry = [worker for worker in able if len(worker.fed) <= ahead // 2]
         idle = [worker for worker in hungry if not worker.fed]
