@@ -40,7 +40,7 @@ class Housekeeper:
         self.clocks = time.monotonic(), 0.0  # when the last turn began; the database's time then
         self.sweep_at = 0.0 if RETENTION_DAYS else math.inf
         self.page, self.pages = 0, SWEEP_PAGES  # of the table, what the next sweep takes
-        self.silence = process.Backoff(log, "no heartbeat of a consumer, nothing is rescued")
+        self.silence = process.Backoff(log, "no heartbeat of a consumer")
 
     def run(self) -> None:
         """Work in turns until stop is set: the body of a thread."""
@@ -96,7 +96,7 @@ class Housekeeper:
         if silence <= GRACE_SECONDS:
             self.silence.succeeded()
         elif now_before:
-            log.log(self.silence.level(), "no heartbeat of a consumer: nothing is rescued")
+            log.log(self.silence.level(), "no heartbeat of a consumer: the leases of all are left alone")
         return now_before
 
     def postpone_rescue(self) -> None:

@@ -269,7 +269,7 @@ def test_a_consumer_restarted_every_few_seconds_lets_a_long_task_succeed(
     """Two consumers take turns; each lets what runs end."""
     settings = noting(times, runs) | {"STOP_SECONDS": 50}
     stack.producer(**times.settings)
-    text = f"sleep={times.hold * 4} long"
+    text = f"sleep={min(times.hold * 4, 35)} long"
     [task_id] = stack.create(text)
     consumer = stack.consumer(**settings)
     wait_runs(stack, runs, text)
