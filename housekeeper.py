@@ -96,7 +96,7 @@ class Housekeeper:
         if silence <= GRACE_SECONDS:
             self.silence.succeeded()
         elif now_before:
-            log.log(self.silence.level(), "no heartbeat of a consumer: the leases of all are left alone")
+            log.log(self.silence.level(), "no heartbeat of a consumer: leases are left alone")
         return now_before
 
     def postpone_rescue(self) -> None:
