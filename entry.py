@@ -14,6 +14,8 @@ log = logging.getLogger("in_flight")
 ACK, DEAD_LETTER, REQUEUE = "ack", "dead-letter", "requeue"
 HELD = "held"  # to be acked when the window is smaller: the row holds the task
 
+Key = tuple[str, int]  # of an attempt: the task's id and its number
+
 WAITING, ASKING, ALLOWED, FED, DONE = "waiting", "asking", "allowed", "fed", "done"
 
 
@@ -37,7 +39,7 @@ class Entry:
     stopped: bool = False  # cancelled, or somebody else has it
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """What copies of the same attempt have in common."""
         return self.message.id, self.message.attempt
 

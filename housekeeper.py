@@ -105,7 +105,6 @@ class Housekeeper:
 
     def sweep(self) -> None:
         """Delete old tasks in the next pages of the table."""
-        self.pages = max(1, self.pages // 2)  # if it takes too long
         work = functools.partial(
             database.sweep,
             page=self.page,
@@ -113,5 +112,9 @@ class Housekeeper:
             days=RETENTION_DAYS,
             seconds=LATE_SECONDS / 2,  # or the turns would look late
         )
-        self.page = self.connections.transaction(work)
-        self.pages = min(4 * self.pages, SWEEP_PAGES)
+        try:
+            self.page = self.connections.transaction(work)
+        except Exception:
+            self.pages = max(1, self.pages // 2)  # perhaps they took too long
+            raise
+        self.pages = min(2 * self.pages, SWEEP_PAGES)

@@ -7,16 +7,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from entry import ACK, ALLOWED, DEAD_LETTER, DONE, FED, HELD, Entry, settle
+from entry import ACK, ALLOWED, DEAD_LETTER, DONE, FED, HELD, Entry, Key, settle
 from outcomes import Answer, Outcomes
-from task import ENDED, Report
+from task import ENDED, MAX_NAMED, Report
 from waiting import Waiting
 
 log = logging.getLogger("in_flight")
 
 REPORT_SECONDS = 0.05  # between two reports while there is more to do
 STUCK_SECONDS = 2  # unstarted for so long behind a busy worker: somebody else may be idle
-MAX_NAMED = 10_000  # in one heartbeat
 NAMED_SECONDS = 2  # in flight for so long: the heartbeat names it
 
 
@@ -32,7 +31,7 @@ class InFlight:
         self.lock = threading.Lock()
         self.reports = threading.Condition(self.lock)  # the reporter waits here
         self.wake: Callable[[], None] = lambda: None  # lets the pool look for work
-        self.entries: dict[tuple[str, int], Entry] = {}
+        self.entries: dict[Key, Entry] = {}
         self.waiting = Waiting(workers)
         self.outcomes = Outcomes(consumer)
         self.to_stop: list[Entry] = []  # which a worker has
@@ -224,17 +223,17 @@ class InFlight:
                 for entry in entries[:MAX_NAMED]
             ]
 
-    def heard(self, answer: dict[str, Any], skew: float) -> None:
+    def heard(self, held: list[Key], stop: list[Key], skew: float) -> None:
         """Act on the answer to a heartbeat: ack what the row holds, stop what is not ours."""
         with self.lock:
             self.waiting.skew = skew
-            for named in answer["held"]:
-                entry = self.entries.get((named["taskId"], named["attempt"]))
+            for key in held:
+                entry = self.entries.get(key)
                 if entry is not None and entry.state == FED and not entry.held:
                     entry.held = True
                     settle([(entry, HELD)])
-            for named in answer["stop"]:
-                entry = self.entries.get((named["taskId"], named["attempt"]))
+            for key in stop:
+                entry = self.entries.get(key)
                 if entry is not None and not entry.stopped:
                     log.info("task %s is not ours to run any more", entry.message.id)
                     entry.stopped = True

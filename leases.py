@@ -9,7 +9,6 @@ import database
 import process
 import task
 
-MAX_NAMED = 10_000
 MAX_WORD_BYTES = 255
 
 # The same attempt again: neither a failure nor a new run if a copy turns up after all. The holder
@@ -130,11 +129,13 @@ def parse_heartbeat(body: Any) -> Heartbeat:
             'expected {"consumer", "host", "concurrency", "version", "tasks": [...]}, '
             f"got {task.shorten(body)}"
         )
-    if len(body["tasks"]) > MAX_NAMED:
-        raise ValueError(f"tasks: expected at most {MAX_NAMED}, got {len(body['tasks'])}")
+    if len(body["tasks"]) > task.MAX_NAMED:
+        raise ValueError(f"tasks: expected at most {task.MAX_NAMED}, got {len(body['tasks'])}")
     concurrency = body.get("concurrency")
-    if type(concurrency) is not int or not 0 <= concurrency <= MAX_NAMED:
-        raise ValueError(f"concurrency: expected 0 to {MAX_NAMED}, got {task.shorten(concurrency)}")
+    if type(concurrency) is not int or not 0 <= concurrency <= task.MAX_NAMED:
+        raise ValueError(
+            f"concurrency: expected 0 to {task.MAX_NAMED}, got {task.shorten(concurrency)}"
+        )
     return Heartbeat(
         task.parse_consumer(body.get("consumer"), "consumer"),
         task.parse_text(body.get("host"), "host", MAX_WORD_BYTES),
@@ -154,15 +155,8 @@ def parse_named(element: Any) -> Named:
         element["attempt"],
         task.parse_seconds(element.get("seconds"), "seconds"),
         task.parse_text(element.get("state"), "state", MAX_WORD_BYTES),
-        parse_sent(element.get("sent")),
+        None if element.get("sent") is None else task.parse_sent(element["sent"], "sent"),
     )
-
-
-def parse_sent(value: Any) -> int | None:
-    """Return what a message says of its row's sent_at, in microseconds since 1970."""
-    if value is not None and (type(value) is not int or abs(value) >= 2**63):
-        raise ValueError(f"sent: expected microseconds since 1970, got {task.shorten(value)}")
-    return value
 
 
 def answer_heartbeat(cursor: Any, heartbeat: Heartbeat) -> dict[str, Any]:

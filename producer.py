@@ -283,7 +283,7 @@ def main() -> None:
     background.start()
     stop.wait()
     deadline = time.monotonic() + process.STOP_SECONDS
-    server.close(STOP_REQUESTS_SECONDS)
+    server.close(min(STOP_REQUESTS_SECONDS, process.STOP_SECONDS))
     background.join(deadline - time.monotonic())
     log.info("stopped")
 

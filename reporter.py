@@ -6,14 +6,13 @@ import logging
 import socket
 import time
 from dataclasses import replace
-from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 
 import process
-from entry import Entry
+from entry import Entry, Key
 from in_flight import InFlight
 from outcomes import Answer
 from task import Report
@@ -95,13 +94,18 @@ class Client:
             return Answer({0: f"{status}: {reason}"}, set(), set())
         return self.put([cut(reports[0])])
 
-    def beat(self, heartbeat: dict[str, Any]) -> dict[str, Any]:
-        """PUT a heartbeat; return the answer: now, held and stop. Raise Unavailable."""
+    def beat(self, heartbeat: dict[str, Any]) -> tuple[float, list[Key], list[Key]]:
+        """PUT a heartbeat; return the database's time, what is held and what is to be stopped.
+        Raise Unavailable."""
         try:
             answer = self.send(self.heartbeats, heartbeat)
             if answer.status_code == 200:
-                body: dict[str, Any] = answer.json()
-                return {name: body[name] for name in ("now", "held", "stop")}
+                body = answer.json()
+                held, stop = (
+                    [(each["taskId"], each["attempt"]) for each in body[name]]
+                    for name in ("held", "stop")
+                )
+                return float(body["now"]), held, stop
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise Unavailable(f"{PRODUCER}: {error}") from error
         raise Unavailable(f"{PRODUCER} answered {answer.status_code}: {answer.text[:200]}")
@@ -147,9 +151,9 @@ class Reporter:
             last = time.monotonic()
             try:
                 if last >= beat_at:
+                    is_first = self.in_flight.waiting.skew is None
+                    beat_at = last + (FIRST_SECONDS if is_first else process.HEARTBEAT_SECONDS)
                     self.beat()
-                    known = self.in_flight.waiting.skew is not None
-                    beat_at = last + min(process.HEARTBEAT_SECONDS, inf if known else FIRST_SECONDS)
                 else:
                     self.report(group)
                     self.backoff.succeeded()
@@ -171,8 +175,8 @@ class Reporter:
         1.1 knows no heartbeat."""
         began = time.time()
         try:
-            answer = self.client.beat(self.about | {"tasks": self.in_flight.named()})
+            now, held, stop = self.client.beat(self.about | {"tasks": self.in_flight.named()})
             self.beats.succeeded()
-            self.in_flight.heard(answer, answer["now"] - (began + time.time()) / 2)
+            self.in_flight.heard(held, stop, now - (began + time.time()) / 2)
         except Unavailable as error:
             log.log(self.beats.level(), "heartbeat failed: %s", process.printable(error))

@@ -25,6 +25,7 @@ TASKS_PER_WORKER = process.setting("TASKS_PER_WORKER", 0, process.whole(0, 10**9
 AHEAD_SECONDS = 0.01  # of work, which a worker is fed at once
 SLOW_SECONDS = 0.05  # such tasks are fed one at a time
 STARTING = 4  # workers at a time: each takes 30 ms of a processor
+CLAIM_SECONDS = 30  # to take the ticket of the task that comes next; it takes microseconds
 START_SECONDS = 600  # a model may be large
 
 
@@ -91,7 +92,7 @@ class Supervisor:
         was_ready = worker.ready
         self.read(worker)
         if worker.ready and not was_ready:
-            self.is_ready()
+            self.note_ready()
         elif worker.refusal and not self.started.is_set():
             self.refusal = worker.refusal
             self.started.set()
@@ -100,7 +101,7 @@ class Supervisor:
             if worker.has_exited():
                 self.bury(worker)
 
-    def is_ready(self) -> None:
+    def note_ready(self) -> None:
         """Note that workers can be started."""
         self.starts.succeeded()
         self.started.set()
@@ -112,7 +113,7 @@ class Supervisor:
             ended = worker.read()
         except Garbage as error:
             ended = []
-            worker.why = worker.why or str(error)
+            worker.fail(str(error))
         if ended:
             now = time.monotonic()
             seconds = now - began
@@ -121,9 +122,11 @@ class Supervisor:
             if worker.fed:
                 worker.fed[0].started = now
             self.in_flight.finish(ended, seconds)
-        if worker.why and not worker.kill_at:
-            self.kill(worker, worker.why)
-        elif TASKS_PER_WORKER and worker.answered >= TASKS_PER_WORKER and not worker.why:
+        if worker.kill_at:
+            return
+        if worker.failure:
+            self.kill(worker)
+        elif TASKS_PER_WORKER and worker.answered >= TASKS_PER_WORKER:
             self.unwatch(worker.stdin)
             worker.retire()
 
@@ -134,18 +137,18 @@ class Supervisor:
 
     def attend(self, worker: WorkerProcess, now: float) -> None:
         """Act on how long a worker has taken: for its task, to start, or to end."""
-        if WORKER and not worker.ready and not worker.why and now - worker.began >= READY_SECONDS:
-            worker.ready = True
-            self.is_ready()
         if worker.kill_at:
             if now >= worker.kill_at:
                 worker.signal(signal.SIGKILL)
         elif worker.silent_at and now - worker.silent_at >= SILENT_SECONDS:
-            self.kill(worker, "closed its stdout")
+            self.kill(worker, "its worker closed its stdout")
         elif worker.deaf_at and now - worker.deaf_at >= SILENT_SECONDS:
-            self.end(worker, "closed its stdin")
+            self.end(worker, "its worker closed its stdin")
+        elif WORKER and not worker.ready and now - worker.began >= READY_SECONDS:
+            worker.ready = True
+            self.note_ready()
         elif not worker.ready and now - worker.began >= START_SECONDS:
-            self.kill(worker, f"was not ready after {START_SECONDS} s")
+            self.kill(worker, f"a worker was not ready after {START_SECONDS} s")
         elif worker.fed:
             elapsed = now - worker.fed[0].started
             limit = limit_of(worker.fed[0])
@@ -155,35 +158,46 @@ class Supervisor:
                 self.pace = max(self.pace, elapsed)
                 self.in_flight.give_back(worker.take_back())
 
+    def look_after(self, worker: WorkerProcess, now: float) -> None:
+        """Bury a worker that has ended; end one that is frozen with a task that it has not begun,
+        which nobody would notice without a deadline."""
+        if worker.has_exited():
+            self.bury(worker)
+        elif worker.fed and not worker.kill_at and now - worker.fed[0].started >= CLAIM_SECONDS:
+            back = worker.take_back()
+            unclaimed = bool(back) and not worker.fed
+            self.in_flight.give_back(back)
+            if unclaimed:
+                log.warning("a worker has not begun its task in %d s", CLAIM_SECONDS)
+                self.kill(worker)
+
     def patience(self) -> float:
         """Return after how many seconds of one task those behind it are taken back."""
         return 2 * max(AHEAD_SECONDS, min(self.pace, SLOW_SECONDS))
 
-    def end(self, worker: WorkerProcess, why: str) -> None:
+    def end(self, worker: WorkerProcess, failure: str = "") -> None:
         """End a worker for what it runs, unless that is answered by now."""
         running = worker.fed[0] if worker.fed else None
         back = worker.take_back()
         self.in_flight.give_back(back)
         if worker.fed:
             self.read(worker)
-        if worker.kill_at:
-            return
-        if running is None or (worker.fed and worker.fed[0] is running):
-            self.kill(worker, why)
-        elif running in back and why != "stopped":  # it has not even begun in all that time
-            self.kill(worker, "took no task")
+        # If it has not even begun: the task goes to another, and who claims nothing ends too.
+        unclaimed = running in back and bool(failure)
+        if unclaimed or running is None or (worker.fed and worker.fed[0] is running):
+            self.kill(worker, failure)
 
-    def kill(self, worker: WorkerProcess, why: str) -> None:
+    def kill(self, worker: WorkerProcess, failure: str = "") -> None:
         """Tell a worker to end; what it has not begun is for others."""
         self.in_flight.give_back(worker.take_back())
-        worker.end(why)
+        worker.end(failure)
 
     def stop_task(self, entry: Entry) -> bool:
         """Have a task that a worker was fed not run, or not run on; return whether that is done."""
         for worker in self.workers:
             if entry in worker.fed:
                 if worker.fed[0] is entry:
-                    self.end(worker, "stopped")
+                    self.end(worker)
                 else:
                     self.in_flight.give_back(worker.take_back())
                 return entry not in worker.fed or bool(worker.kill_at)
@@ -203,7 +217,7 @@ class Supervisor:
             worker.ready = False
             self.in_flight.give_back([worker.fed.popleft() for _ in range(len(worker.fed))])
         if not worker.ready and not self.in_flight.stopping:
-            reason = worker.refusal or worker.why or f"a worker has ended with {cause}"
+            reason = worker.refusal or worker.failure or f"a worker has ended with {cause}"
             self.start_at = time.monotonic() + self.starts.failed(reason)
         if worker.fed:
             self.judge(worker, worker.fed.popleft(), cause)
@@ -211,14 +225,12 @@ class Supervisor:
 
     def judge(self, worker: WorkerProcess, entry: Entry, cause: str) -> None:
         """Say what becomes of the task that a worker has ended with."""
-        why = worker.why
-        if why in ("", "stopped", "retired") or entry.stopped:
-            log.warning("task %s ended its worker: %s", entry.message.id, why or cause)
+        if worker.failure and not entry.stopped:
+            log.warning("task %s failed: %s", entry.message.id, worker.failure)
+            self.in_flight.finish([(entry, entry.report(error=worker.failure))], 0.0)
+        else:
+            log.warning("task %s ended with its worker: %s", entry.message.id, cause)
             self.in_flight.died(entry, cause)
-            return
-        reason = why if why.startswith("timed out") else f"its worker {why}"
-        log.warning("task %s failed: %s", entry.message.id, reason)
-        self.in_flight.finish([(entry, entry.report(error=reason))], 0.0)
 
 
 def limit_of(entry: Entry) -> float | None:

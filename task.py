@@ -12,6 +12,7 @@ import process
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_OUTCOME_BYTES = 64 * 1024  # of a result or an error text
 MAX_TIMEOUT_SECONDS = 10**7
+MAX_NAMED = 10_000  # tasks in one heartbeat
 HOLD_SECONDS = min(30, process.SENT_TIMEOUT_SECONDS / 4)  # a run of so long is held by its row
 # The holder of a row whose message is out again, and that somebody held before.
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -148,16 +149,18 @@ def parse_outcome(value: Any, name: str) -> str:
     return parse_text(value, name, MAX_OUTCOME_BYTES)
 
 
-def one_of(*types: type) -> Callable[[Any, str], Any]:
-    """Return a parser of a report's field that takes values of these types."""
+def parse_sent(value: Any, name: str) -> int:
+    """Return what a message says of its row's sent_at, in microseconds since 1970."""
+    if type(value) is not int or abs(value) >= 2**63:
+        raise ValueError(f"{name}: expected microseconds since 1970, got {shorten(value)}")
+    return value
 
-    def parse(value: Any, name: str) -> Any:
-        if type(value) not in types:
-            expected = " or ".join(each.__name__ for each in types)
-            raise ValueError(f"{name}: expected {expected}, got {shorten(value)}")
-        return value
 
-    return parse
+def parse_flag(value: Any, name: str) -> bool:
+    """Return true or false."""
+    if type(value) is not bool:
+        raise ValueError(f"{name}: expected true or false, got {shorten(value)}")
+    return value
 
 
 def parse_seconds(value: Any, name: str) -> float:
@@ -179,9 +182,9 @@ REPORT_FIELDS: dict[str, Callable[[Any, str], Any]] = {  # the optional ones
     "error": parse_outcome,
     "reason": parse_outcome,
     "started": parse_outcome,
-    "sent": one_of(int),
+    "sent": parse_sent,
     "holder": parse_consumer,
-    "alone": one_of(bool),
+    "alone": parse_flag,
     "release": parse_seconds,
 }
 

@@ -18,8 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import Runner
 
-PROCESSING_SECONDS = float(os.environ.get("PROCESSING_SECONDS") or 0.1)
-FAILURE_RATE = float(os.environ.get("FAILURE_RATE") or 0.1)
+# The consumer has checked these, and sets what is not set.
+PROCESSING_SECONDS = float(os.environ.get("PROCESSING_SECONDS") or 0)
+FAILURE_RATE = float(os.environ.get("FAILURE_RATE") or 0)
 HANDLER = os.environ.get("HANDLER", "").strip()
 HANDLERS_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "handlers")
 

@@ -66,8 +66,7 @@ class Pool(Supervisor):
         if now >= self.look_at:
             self.look_at = now + LOOK_SECONDS
             for worker in list(self.workers):
-                if worker.has_exited():
-                    self.bury(worker)
+                self.look_after(worker, now)
         for worker in list(self.workers):
             self.attend(worker, now)
         if any(worker.ready for worker in self.workers):
@@ -153,14 +152,14 @@ class Pool(Supervisor):
             for worker in self.workers:
                 self.in_flight.give_back(worker.take_back())
         for worker in self.workers:
-            if not worker.fed and not worker.why:
+            if not worker.fed and not worker.kill_at:
                 self.unwatch(worker.stdin)
                 worker.retire()
         if now >= self.term_at:
             most = self.stop_at + KILL_SHARE * process.STOP_SECONDS
             for worker in self.workers:
                 if worker.fed and not worker.kill_at:
-                    self.end(worker, "stopped")
+                    self.end(worker)
                     worker.kill_at = min(worker.kill_at, most)
 
 

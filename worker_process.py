@@ -34,10 +34,10 @@ def program(value: str) -> list[str]:
 
 HANDLER = process.setting("HANDLER", "", str)
 WORKER: list[str] = process.setting("WORKER", [], program)
-# Read here so that a bad value ends the consumer, and again in worker.py.
-PROCESSING_SECONDS = process.setting("PROCESSING_SECONDS", 0.1, process.number(0, 10**6))
-FAILURE_RATE = process.setting("FAILURE_RATE", 0.1, process.number(0, 1))
-
+IMITATION = {
+    "PROCESSING_SECONDS": str(process.setting("PROCESSING_SECONDS", 0.1, process.number(0, 10**6))),
+    "FAILURE_RATE": str(process.setting("FAILURE_RATE", 0.1, process.number(0, 1))),
+}
 # -P: modules of this project are not the user's.
 COMMAND = WORKER or [sys.executable, "-P", str(pathlib.Path(__file__).with_name("worker.py"))]
 READY_SECONDS = 0.5  # a program of WORKER that lives for so long, or says so, is ready
@@ -51,7 +51,7 @@ MAX_LOG_LINE_BYTES = 1000
 
 
 class Garbage(Exception):
-    """A worker wrote what is no outcome of its task; the text says what was expected."""
+    """A worker wrote what is no outcome of its task; the text is what that fails with."""
 
 
 def tied(command: list[str]) -> list[str]:
@@ -68,11 +68,11 @@ class WorkerProcess:
     def __init__(self) -> None:
         """Start it; raise OSError if there is no process or descriptor for it."""
         self.tickets: socket.socket | None = None
-        self.taken_back: socket.socket | None = None  # our copy of the worker's end
+        self.unclaimed: socket.socket | None = None  # our copy of the worker's end
         command, passed = COMMAND, []
         if not WORKER:
-            self.tickets, self.taken_back = socket.socketpair()
-            passed = [self.taken_back.fileno()]
+            self.tickets, self.unclaimed = socket.socketpair()
+            passed = [self.unclaimed.fileno()]
             command = [*COMMAND, str(passed[0])]
         self.process = subprocess.Popen(
             tied(command),
@@ -81,6 +81,7 @@ class WorkerProcess:
             stderr=subprocess.PIPE,
             bufsize=0,
             pass_fds=passed,
+            env=os.environ | IMITATION,
             start_new_session=True,
         )
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -99,11 +100,12 @@ class WorkerProcess:
         self.answered = 0
         self.unsent = bytearray()  # to its stdin
         self.unread = bytearray()  # of its stdout, up to the next line's end
-        self.silent_at = 0.0  # when its stdout ended
+        self.silent_at = 0.0  # since when nothing of its stdout counts: it has ended, or is garbage
         self.deaf_at = 0.0  # when it turned out that it does not read any more
         self.is_watched = False  # for room in its stdin
-        self.why = ""  # it is to end: "retired", "stopped", or what its task fails with
-        self.kill_at = 0.0
+        self.failure = ""  # what its task fails with, if that is the worker's fault
+        self.kill_at = 0.0  # it is to end, by then at last
+        self.retired = False  # it may end by itself
         self.log_second, self.log_bytes = 0, 0
 
     def feed(self, entries: list[Entry], now: float) -> None:
@@ -137,10 +139,10 @@ class WorkerProcess:
 
     def take_back(self) -> list[Entry]:
         """Return what it has not begun, and will not: its tickets are taken, the last of all."""
-        if self.taken_back is None:
+        if self.unclaimed is None:
             return []
         try:
-            tickets = self.taken_back.recv(4 * max(len(self.fed), 1), socket.MSG_DONTWAIT)
+            tickets = self.unclaimed.recv(4 * max(len(self.fed), 1), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return []
         entries = [self.fed.pop() for _ in range(len(tickets) // 4)]
@@ -165,12 +167,12 @@ class WorkerProcess:
                     if outcome := self.outcome(line, value):
                         ended.append(outcome)
                 if len(rest) > MAX_LINE_BYTES:
-                    raise Garbage(f"wrote a line of over {MAX_LINE_BYTES} bytes")
+                    raise Garbage(f"its worker wrote a line of over {MAX_LINE_BYTES} bytes")
             except Garbage as error:
-                self.unread.clear()
+                self.silent_at = time.monotonic()
                 if not ended:
                     raise
-                self.why = self.why or str(error)  # after what it has done well
+                self.fail(str(error))  # after what it has done well
                 break
             if len(data) < READ_BYTES:
                 break
@@ -183,16 +185,15 @@ class WorkerProcess:
             self.refusal = "" if self.ready else storable(outcome.get("error"))
             return None
         if not isinstance(outcome, dict) or not self.fed:
-            raise Garbage(
-                f'wrote {start_of(line)}, expected {{"id", "result"}} or {{"id", "error"}}'
-            )
+            expected = 'expected {"id", "result"} or {"id", "error"}'
+            raise Garbage(f"its worker wrote {start_of(line)}, {expected}")
         entry = self.fed[0]
         if outcome.get("id") != entry.message.id:
             shown = process.printable(outcome.get("id"))
-            raise Garbage(f"answered {shown}, expected the id of its task")
+            raise Garbage(f"its worker answered {shown}, expected the id of its task")
         result, error = outcome.get("result"), outcome.get("error")
         if not isinstance(error if error is not None else result, str | None):
-            raise Garbage(f"wrote {start_of(line)}, expected a string or null")
+            raise Garbage(f"its worker wrote {start_of(line)}, expected a string or null")
         self.fed.popleft()
         self.answered += 1
         if error is None:
@@ -225,9 +226,14 @@ class WorkerProcess:
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, number)
 
-    def end(self, why: str) -> None:
+    def fail(self, failure: str) -> None:
+        """Note what its task fails with: the first reason, and none once it is told to end."""
+        if not self.kill_at:
+            self.failure = self.failure or failure
+
+    def end(self, failure: str = "") -> None:
         """Have it end, with SIGTERM now and SIGKILL later."""
-        self.why = self.why or why
+        self.fail(failure)
         if not self.kill_at:
             self.kill_at = time.monotonic() + KILL_SECONDS
             self.signal(signal.SIGTERM)
@@ -235,26 +241,26 @@ class WorkerProcess:
 
     def retire(self) -> None:
         """Let it end by itself, with its stdin."""
-        self.why = "retired"
+        self.retired = True
         self.kill_at = time.monotonic() + KILL_SECONDS
         self.close_input()
 
     def close_input(self) -> None:
         """Close its stdin and the tickets."""
-        for each in (self.process.stdin, self.tickets, self.taken_back):
+        for each in (self.process.stdin, self.tickets, self.unclaimed):
             if each is not None:
                 each.close()
-        self.tickets = self.taken_back = None
+        self.tickets = self.unclaimed = None
         self.stdin = -1  # the number may be another one's soon
         self.unsent.clear()
 
     def is_busy(self) -> bool:
         """Tell whether it starts, works or ends: then its process is to be looked at."""
-        return bool(self.fed or self.why or self.silent_at or self.deaf_at or not self.ready)
+        return bool(self.fed or self.kill_at or self.silent_at or self.deaf_at or not self.ready)
 
     def can_work(self) -> bool:
         """Tell whether it may be fed."""
-        return self.ready and not (self.why or self.silent_at or self.deaf_at)
+        return self.ready and not (self.kill_at or self.silent_at or self.deaf_at)
 
     def has_exited(self) -> bool:
         """Tell whether it has ended; it is not reaped, so that its group keeps its number."""
@@ -263,7 +269,7 @@ class WorkerProcess:
 
     def bury(self) -> str:
         """Reap it and kill what it has left behind; return what ended it."""
-        if self.why != "retired":
+        if not self.retired:
             self.signal(signal.SIGKILL)
         code = self.process.wait()
         self.close_input()

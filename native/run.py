@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from native.processes import HERE, START_SECONDS, Missing, Process
+from native.processes import HERE, START_SECONDS, STOP_SECONDS, Missing, Process
 from native.servers import Postgres, Rabbit, Service, is_ready
 
 
@@ -105,13 +105,17 @@ class Project:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Stop everything: consumers, producer, broker, database."""
+        """Stop everything: consumers, producer, broker, database. The services have STOP_SECONDS
+        and ten more; what is no number has ended them with 2."""
+        seconds = 0.0
+        with contextlib.suppress(ValueError):
+            seconds = float(self.env.get("STOP_SECONDS") or 0)
         services = self.processes[2:]
         for process in services:
             if process.child is not None and process.poll() is None:
                 process.child.terminate()
         for process in reversed(self.processes):
-            process.stop()
+            process.stop(max(STOP_SECONDS, seconds + 10))
 
     def ask_to_stop(self, *_: object) -> None:
         """Handle a signal: stop in order; at the second one, at once."""

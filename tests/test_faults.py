@@ -3,6 +3,7 @@ nothing, or stuck."""
 
 import contextlib
 import pathlib
+import re
 import signal
 import socket
 import threading
@@ -133,17 +134,20 @@ def test_what_is_in_flight_through_an_outage_of_the_producer_is_not_rescued(
     stack: Stack, runs: pathlib.Path
 ) -> None:
     producer = stack.producer(SENT_TIMEOUT_SECONDS=6)
-    for _ in range(2):
-        stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=6))
-    ids = stack.create("sleep=12 long", "sleep=2 short")
+    consumers = [stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=6)) for _ in range(2)]
+    ids = stack.create("sleep=12 long", "sleep=4 short")
     started(stack, runs, "sleep=12 long")
-    started(stack, runs, "sleep=2 short")
+    started(stack, runs, "sleep=4 short")
     producer.kill()
     sent = "SELECT min(extract(epoch FROM now() - sent_at)) > 7 FROM tasks"
     until(lambda: stack.sql(sent)[0][0])  # both are overdue
     stack.producer(SENT_TIMEOUT_SECONDS=6)
     stack.wait_status(ids, "success")
-    assert stack.runs(runs) == {"sleep=12 long": 1, "sleep=2 short": 1}
+    assert stack.runs(runs) == {"sleep=12 long": 1, "sleep=4 short": 1}
+    # Nobody was still waiting when the producer's grace was over.
+    logs = "".join(consumer.log.read_text() for consumer in consumers)
+    delays = re.findall(r"reports wait for the producer, next try in ([\d.]+) s", logs)
+    assert delays and max(map(float, delays)) <= 6 / 4
 
 
 def test_a_task_that_was_in_flight_and_lost_is_a_suspect(stack: Stack, runs: pathlib.Path) -> None:
@@ -280,6 +284,7 @@ class Refusing(threading.Thread):
         super().__init__(daemon=True)
         self.target = target
         self.answers = answers
+        self.heartbeat = b""  # what answers one, if anything
         self.seen = 0
         import http.server
 
@@ -291,7 +296,8 @@ class Refusing(threading.Thread):
             def do_PUT(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.seen += 1
-                status = outer.answers.pop(0) if outer.answers else 0
+                is_heartbeat = "heartbeat" in self.path
+                status = outer.answers.pop(0) if outer.answers and not is_heartbeat else 0
                 if status is None:  # done, but the answer is lost
                     requests.put(outer.target + self.path, data=body, timeout=30)
                     self.close_connection = True
@@ -299,6 +305,8 @@ class Refusing(threading.Thread):
                 content = b'{"error": "told to refuse"}'
                 if len(body) > most_bytes:
                     status, content = 413, b"<html>413 Request Entity Too Large</html>"
+                if is_heartbeat and outer.heartbeat:
+                    status, content = 200, outer.heartbeat
                 if status == 0:
                     answer = requests.put(outer.target + self.path, data=body, timeout=30)
                     status, content = answer.status_code, answer.content
@@ -330,6 +338,22 @@ def test_reports_are_repeated_through_errors_and_lost_answers(
     assert stack.runs(runs) == {"a": 1, "b fail": 1, "c": 1}
     assert len(ids) == 3 and door.seen > 6
     until(lambda: stack.unsettled() == {})
+    door.server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"[]", b"{}", b'{"now": 1, "held": [5], "stop": []}', b"<html>"]
+)
+def test_an_answer_to_a_heartbeat_that_is_none_holds_up_no_outcome(
+    answer: bytes, stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    door = Refusing(stack.url, [])
+    door.heartbeat = answer
+    door.start()
+    stack.consumer(PRODUCER_URL=door.url, **handler(runs))
+    ids = stack.create("a", "b")
+    stack.wait_status(ids, "success", timeout=20)
     door.server.shutdown()
 
 

@@ -6,6 +6,7 @@ import pytest
 
 import entry as entry_states
 import in_flight
+import outcomes
 import waiting
 from entry import Entry
 from in_flight import InFlight
@@ -153,13 +154,12 @@ def test_a_failure_goes_by_its_dead_letter_or_by_the_row_and_counts_once(
         tasks, broker.settled = flight(), {}
         tasks.admit([entry(broker, "a", 1)])
         [task] = tasks.take(1, 1)
-        named = {"taskId": "a", "attempt": 1}
         if held:
-            tasks.heard({"held": [named], "stop": []}, 0.0)
+            tasks.heard([("a", 1)], [], 0.0)
             assert broker.settled == {1: entry_states.HELD}
             broker.settled = {}
         tasks.finish([(task, task.report(error="why"))], 1.0)
-        tasks.heard({"held": [named], "stop": []}, 0.0)  # a late answer is ignored
+        tasks.heard([("a", 1)], [], 0.0)  # a late answer is ignored
         [report] = answered(tasks)
         assert (report.status, report.error) == (status, "why")
         assert broker.settled.get(1) == verdict
@@ -181,8 +181,7 @@ def test_a_task_that_is_stopped_is_dropped_wherever_it_is(
     tasks = flight()
     tasks.admit([entry(broker, name, tag) for tag, name in enumerate("abc")])
     running, ahead = tasks.take(1, 2)
-    stop = [{"taskId": name, "attempt": 1} for name in "abc"]
-    tasks.heard({"held": [], "stop": stop}, 0.0)
+    tasks.heard([], [(name, 1) for name in "abc"], 0.0)
     assert broker.settled == {2: entry_states.ACK}  # it waited
     assert tasks.take_stops() == [running, ahead]
     tasks.give_back([ahead])
@@ -227,3 +226,81 @@ def test_a_lost_connection_takes_along_what_has_not_begun(
     tasks.finish([(running, running.report(error="why"))], 1.0)
     [report] = answered(tasks)
     assert report.status == "error"  # there is no message to make a dead letter of
+
+
+def test_a_suspect_that_was_allowed_waits_for_no_long_task(
+    clock: list[float], broker: Subscription
+) -> None:
+    """Its message is acked: it is released, and the start is not counted."""
+    tasks = flight()
+    tasks.admit([entry(broker, "s", 1, suspect=True)])
+    tasks.take(1, 1)
+    [asked] = answered(tasks, alone={0})
+    clock[0] += 1.5 * in_flight.STUCK_SECONDS
+    assert tasks.take_stuck() == []
+    [report] = answered(tasks)
+    assert (report.release, report.started) == (0.0, asked.started)
+    assert tasks.alone is None and tasks.is_quiet()
+
+
+def test_a_held_task_whose_worker_died_is_released_and_never_dropped(
+    clock: list[float], broker: Subscription
+) -> None:
+    for act in (InFlight.stop, InFlight.take_stuck):
+        tasks = flight()
+        tasks.admit([entry(broker, "a", 1)])
+        [running] = tasks.take(1, 1)
+        tasks.heard([("a", 1)], [], 0.0)
+        tasks.died(running, "SIGSEGV")
+        clock[0] += 1.5 * in_flight.STUCK_SECONDS
+        act(tasks)
+        [report] = answered(tasks)
+        assert (report.release, report.started) == (0.0, None)  # the death stays counted
+        assert tasks.is_quiet()
+
+
+def test_a_newer_copy_that_is_a_suspect_makes_the_task_one(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, "a", 1, sent=1)])
+    tasks.admit([entry(broker, "a", 2, sent=2, suspect=True)])
+    assert tasks.take(1, 1) == []
+    assert answered(tasks)[0].started
+    asked = flight()
+    asked.admit([entry(broker, "b", 3, sent=1)])
+    asked.take(1, 1)  # asked about as a fresh one
+    group = asked.collect(0.0, float("inf"))
+    asked.admit([entry(broker, "b", 4, sent=2, suspect=True)])
+    asked.accept(group, Answer({}, set(), set()))
+    assert answered(asked)[0].started  # and again as a suspect
+
+
+def test_a_locked_row_puts_off_its_own_report_only(
+    clock: list[float], broker: Subscription
+) -> None:
+    tasks = flight()
+    tasks.admit([entry(broker, name, tag) for tag, name in enumerate("ab")])
+    first, second = tasks.take(2, 2)
+    ended = [(first, Report("a", "success")), (second, Report("b", "success"))]
+    tasks.finish(ended, 1.0)
+    tasks.accept(tasks.collect(0.0, float("inf")), Answer({}, set(), {0}))
+    assert broker.settled == {1: entry_states.ACK} and not tasks.is_quiet()
+    clock[0] += 2 * outcomes.LOCKED_SECONDS
+    assert [report.id for report in answered(tasks)] == ["a"]
+    assert tasks.is_quiet()
+
+
+def test_the_heartbeat_names_held_tasks_first_and_no_more_than_it_may(
+    clock: list[float], broker: Subscription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_flight, "MAX_NAMED", 2)
+    tasks = flight()
+    tasks.admit([entry(broker, name, tag) for tag, name in enumerate("abcd")])
+    taken = tasks.take(4, 4)
+    clock[0] += 2 * in_flight.NAMED_SECONDS
+    taken[3].started = clock[0] + 1  # by the pool's thread, a moment later
+    tasks.heard([("d", 1)], [], 0.0)
+    named = tasks.named()
+    assert [each["taskId"] for each in named] == ["d", "a"]
+    assert named[0]["seconds"] == 0

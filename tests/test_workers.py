@@ -125,6 +125,21 @@ def test_an_outcome_that_is_in_the_pipe_when_the_deadline_fires_counts(
     assert stack.sql("SELECT sum(starts) FROM tasks") == [(0,)]
 
 
+def test_a_frozen_worker_that_claims_nothing_loses_its_task_to_another(
+    stack: Stack, runs: pathlib.Path
+) -> None:
+    stack.producer()
+    consumer = stack.consumer(**handler(runs, CONCURRENCY=1))
+    stack.wait_status(stack.create("before"), "success")
+    [frozen] = workers_of(consumer)
+    os.kill(frozen, signal.SIGSTOP)
+    ids = stack.create("a")
+    stack.wait_status(ids, "success", timeout=60)
+    assert not is_alive(frozen)
+    assert stack.runs(runs) == {"before": 1, "a": 1}
+    assert stack.sql("SELECT sum(starts) FROM tasks") == [(0,)]
+
+
 def test_a_cancelled_task_is_ended_and_its_process_is_gone(
     stack: Stack, runs: pathlib.Path
 ) -> None:
@@ -274,6 +289,7 @@ for line in sys.stdin:
         answer["result"] = 5
     elif word == "plain":
         print("done", flush=True)
+        time.sleep(0.05)  # an answer that comes later is none either
     elif word == "close":
         os.close(1)
         time.sleep(1000)
@@ -324,7 +340,7 @@ def test_a_worker_that_breaks_the_protocol_is_ended_and_slows_nobody(
     for task_id, text in bad.items():
         assert stack.get(task_id)["error"].startswith(expected[text]), text
     # Three of four workers are busy with mischief now and then.
-    assert beside < 5 * alone + 10, (alone, beside)
+    assert beside < 3 * alone + 5, (alone, beside)
     assert consumer.poll() is None
     assert consumer.log.stat().st_size < 50 * 2**20
     until(lambda: stack.unsettled() == {})
