@@ -1,7 +1,6 @@
 """What every call of the HTTP API shares: reading what a request says, answering in JSON, errors,
-and the token."""
+and what becomes of them."""
 
-import hmac
 import json
 import logging
 from collections.abc import Callable
@@ -106,15 +105,3 @@ def answer_unavailable(route: Callable[..., bytes]) -> Callable[..., bytes]:
             raise bottle.HTTPError(503, reason, headers={"Retry-After": "1"}) from None
 
     return wrapped
-
-
-def authorize(environ: dict[str, Any]) -> str | None:
-    """Return why a request is refused that lacks the token, where one is set; None if it is let
-    in. Called with the head alone, so that nobody uploads without it."""
-    path = "/" + environ["PATH_INFO"].lstrip("/")  # as Bottle sees it
-    if not process.API_TOKEN or not path.startswith("/api/"):
-        return None
-    given = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1")
-    if hmac.compare_digest(given, f"Bearer {process.API_TOKEN}".encode()):
-        return None
-    return "expected the header Authorization: Bearer <API_TOKEN>"

@@ -73,12 +73,13 @@ def declare(channel: BlockingChannel) -> None:
     channel.queue_bind(QUEUE, EXCHANGE, ROUTING_KEY)
 
 
-def count_waiting(channel: BlockingChannel) -> tuple[int, int]:
-    """Return how many messages wait, as tasks or dead letters, and how many take tasks. Messages
-    at consumers do not count."""
+def count_waiting(channel: BlockingChannel) -> tuple[dict[str, int], int]:
+    """Return how many messages wait in each queue, and how many take tasks. Messages at consumers
+    do not count."""
     tasks = channel.queue_declare(QUEUE, passive=True).method
     letters = channel.queue_declare(DEAD_LETTER_QUEUE, passive=True).method
-    return tasks.message_count + letters.message_count, tasks.consumer_count
+    waiting = {QUEUE: tasks.message_count, DEAD_LETTER_QUEUE: letters.message_count}
+    return waiting, tasks.consumer_count
 
 
 def publish(

@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import process
@@ -18,7 +18,7 @@ LEASE_OF_A_MESSAGE = {"seconds": process.SENT_TIMEOUT_SECONDS, "nobody": task.NO
 
 TASK_COLUMNS = """
     id, text, status, attempt, result, error, timeout_seconds,
-    run_at, created_at, sent_at, finished_at
+    run_at, created_at, sent_at, started_at, finished_at, seconds, host
 """
 
 INSERT_TASKS = f"""
@@ -37,7 +37,11 @@ SENT = "round(date_part('epoch', sent_at) * 1000000)::bigint"
 
 PROBE = "SELECT FROM tasks LIMIT 0"
 
-SELECT_TASKS = f"SELECT {TASK_COLUMNS} FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
+SELECT_TASKS = f"SELECT {TASK_COLUMNS}, history FROM tasks WHERE id = ANY(%(ids)s::uuid[])"
+
+SELECT_OPEN = """
+SELECT id FROM tasks WHERE id = ANY(%(ids)s::uuid[]) AND status IN ('pending', 'sent')
+"""
 
 # After a lock time-out: what somebody holds is left out, for the others' sake.
 SKIP_LOCKED = " SKIP LOCKED"
@@ -51,14 +55,42 @@ LOCK_TASKS = f"""
 SELECT id, status, attempt, failures, starts, start_token, delayed,
     {SENT},
     holder,
-    date_part('epoch', lease_until - clock_timestamp())
+    date_part('epoch', lease_until - clock_timestamp()),
+    date_part('epoch', coalesce(run_at, created_at))
 FROM tasks
 WHERE id = ANY(%(ids)s::uuid[])
 ORDER BY id
 FOR UPDATE
 """
 
-UPDATE_TASKS = """
+# What became of an attempt that did not succeed. The newest ones are kept.
+APPEND_TO_HISTORY = """
+    CASE
+        WHEN jsonb_array_length(tasks.history) >= 20 THEN tasks.history - 0
+        ELSE coalesce(tasks.history, '[]')
+    END || jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+        'attempt', tasks.attempt,
+        'outcome', {outcome},
+        'error', left({error}, 500),
+        'consumer', {host},
+        'startedAt', {started_at},
+        'seconds', {seconds},
+        'at', now()
+    )))
+"""
+RETRIED = APPEND_TO_HISTORY.format(
+    outcome="new.outcome", error="NULL", host="NULL", started_at="NULL", seconds="NULL"
+)
+UNSUCCESSFUL = APPEND_TO_HISTORY.format(
+    outcome="new.outcome",
+    error="coalesce(new.error, tasks.error)",
+    host="coalesce(new.host, tasks.host)",
+    started_at="coalesce(to_timestamp(new.started_at), tasks.started_at)",
+    seconds="coalesce(new.seconds, tasks.seconds)",
+)
+HISTORY_FIELDS = ("attempt", "outcome", "error", "consumer", "startedAt", "seconds", "at")
+
+UPDATE_TASKS = f"""
 UPDATE tasks
 SET status = new.status,
     attempt = new.attempt,
@@ -75,10 +107,21 @@ SET status = new.status,
     END,
     holder = new.holder,
     lease_until = CASE WHEN new.status = 'sent' THEN now() + make_interval(secs => new.lease) END,
-    finished_at = CASE WHEN new.status IN ('success', 'error') THEN now() END
+    finished_at = CASE WHEN new.status IN ('success', 'error') THEN now() END,
+    host = CASE WHEN new.status <> 'pending' THEN coalesce(new.host, tasks.host) END,
+    started_at = CASE
+        WHEN new.status <> 'pending' THEN coalesce(to_timestamp(new.started_at), tasks.started_at)
+    END,
+    seconds = CASE WHEN new.status <> 'pending' THEN coalesce(new.seconds, tasks.seconds) END,
+    history = CASE
+        WHEN new.outcome IS NULL THEN tasks.history
+        WHEN new.outcome = 'retried' THEN {RETRIED}
+        ELSE {UNSUCCESSFUL}
+    END
 FROM json_to_recordset(%(rows)s) AS new (
     id uuid, status task_status, attempt int, failures int, starts int, start_token text,
-    delayed bool, holder uuid, lease float8, result text, error text, delay float8
+    delayed bool, holder uuid, lease float8, result text, error text, delay float8,
+    outcome text, started_at float8, seconds float8, host text
 )
 WHERE tasks.id = new.id
 """
@@ -110,6 +153,8 @@ RETURNING
     holder IS NOT NULL OR starts > 0
 """
 
+NOT_PAUSED = "NOT EXISTS (SELECT FROM pause)"
+
 # A sample of all that waits, in one trip: of each arc of the ring of picks the first rows upward.
 # The arcs take turns, so that a cut by rows or bytes favours none. Rows locked elsewhere are
 # skipped, so that several dispatchers share the work and none waits.
@@ -121,6 +166,7 @@ WITH found AS MATERIALIZED (
             SELECT id, octet_length(text) AS bytes, pick + (pick < %(first)s)::int AS place
             FROM tasks
             WHERE status = 'pending' AND NOT delayed AND pick >= arc.low AND pick < arc.high
+                AND {NOT_PAUSED}
             ORDER BY pick
             LIMIT %(share)s
             FOR UPDATE SKIP LOCKED
@@ -136,7 +182,7 @@ CLAIM_TASKS_BY_ID = f"""
 WITH candidate AS MATERIALIZED (
     SELECT id, octet_length(text) AS bytes, 0 AS turn
     FROM tasks
-    WHERE id = ANY(%(ids)s::uuid[]) AND status = 'pending' AND NOT delayed
+    WHERE id = ANY(%(ids)s::uuid[]) AND status = 'pending' AND NOT delayed AND {NOT_PAUSED}
     ORDER BY id
     FOR UPDATE SKIP LOCKED
 ), {SEND_CANDIDATES}"""
@@ -154,18 +200,23 @@ WHERE id = ANY(ARRAY(
 RETURNING id
 """
 
-COUNT_PAGES = "SELECT pg_relation_size('tasks') / current_setting('block_size')::int"
-
-# By page: a sweep is never in a hurry, and an index on finished_at would cost every task.
+# The oldest first, along the index of one status; from where the last batch ended, because its
+# entries are there until vacuum has been there.
 DELETE_ENDED_TASKS = """
-DELETE FROM tasks
-WHERE ctid = ANY(ARRAY(
-    SELECT ctid FROM tasks
-    WHERE ctid >= %(first)s::tid AND ctid < %(end)s::tid
-        AND status IN ('success', 'error')
-        AND finished_at < now() - make_interval(days => %(days)s)
-    FOR UPDATE SKIP LOCKED
-))
+WITH deleted AS (
+    DELETE FROM tasks
+    WHERE id = ANY(ARRAY(
+        SELECT id FROM tasks
+        WHERE status = %(status)s  -- psycopg2 puts it in, so that the index is found
+            AND finished_at >= %(since)s
+            AND finished_at < now() - make_interval(days => %(days)s)
+        ORDER BY finished_at
+        LIMIT %(limit)s
+        FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING finished_at
+)
+SELECT count(*), max(finished_at) FROM deleted
 """
 
 SHOW_SYNCHRONOUS_STANDBYS = "SHOW synchronous_standby_names"
@@ -194,8 +245,8 @@ class Claimed(NamedTuple):
 
 def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
     """Return a row of TASK_COLUMNS as the JSON object of the API."""
-    task_id, text, status, attempt, result, error, timeout, *times = row
-    run_at, created_at, sent_at, finished_at = map(as_iso, times)
+    task_id, text, status, attempt, result, error, timeout, *times, seconds, host = row[:14]
+    run_at, created_at, sent_at, started_at, finished_at = map(task.as_iso, times)
     return {
         "taskId": task_id,
         "text": text,
@@ -207,19 +258,28 @@ def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
         "runAt": run_at,
         "createdAt": created_at,
         "sentAt": sent_at,
+        "startedAt": started_at,
         "finishedAt": finished_at,
+        "seconds": seconds,
+        "host": host,
     }
 
 
-def as_iso(time_: datetime | None) -> str | None:
-    """Return a time as ISO 8601 in UTC."""
-    return None if time_ is None else time_.astimezone(UTC).isoformat().replace("+00:00", "Z")
+def as_history(elements: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return a history as the API shows it: with every field, and times as everywhere."""
+    if elements is None:
+        return None
+    for element in elements:
+        for name in ("startedAt", "at"):
+            if name in element:
+                element[name] = element[name].replace("+00:00", "Z")
+    return [{name: element.get(name) for name in HISTORY_FIELDS} for element in elements]
 
 
 def select_tasks(cursor: Any, ids: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the tasks of these ids that exist, by id."""
+    """Return the tasks of these ids that exist, by id, each with its history."""
     cursor.execute(SELECT_TASKS, {"ids": ids})
-    return {row[0]: as_task(row) for row in cursor}
+    return {row[0]: as_task(row) | {"history": as_history(row[-1])} for row in cursor}
 
 
 def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict[str, Any]]:
@@ -236,9 +296,9 @@ def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict[str, Any
 
 def apply_reports(
     cursor: Any, reports: list[task.Report], skip_locked: bool = False
-) -> tuple[list[rules.Verdict], list[str]]:
+) -> tuple[list[rules.Verdict], list[rules.Row]]:
     """Lock the rows, judge every report in order, write what changed; return the verdicts, and the
-    ids of the tasks that may be picked now. With skip_locked, wait for no row."""
+    rows that changed. With skip_locked, wait for no row."""
     ids = {"ids": list({report.id for report in reports})}
     cursor.execute(LOCK_TASKS + SKIP_LOCKED * skip_locked, ids)
     rows = {row[0]: rules.Row(*row) for row in cursor}
@@ -257,7 +317,7 @@ def apply_reports(
     changed = [row for row in rows.values() if row.changed]
     if changed:
         cursor.execute(UPDATE_TASKS, {"rows": json.dumps([row.as_dict() for row in changed])})
-    return verdicts, [row.id for row in changed if row.status == "pending" and not row.delayed]
+    return verdicts, changed
 
 
 def claim_random_tasks(cursor: Any, limit: int, size: int, span: float = 1.0) -> list[Claimed]:
@@ -282,20 +342,35 @@ def claim_tasks_by_id(cursor: Any, ids: list[str], size: int) -> list[Claimed]:
     return [Claimed(*row) for row in cursor]
 
 
+def select_open(cursor: Any, ids: list[str]) -> set[str]:
+    """Return those of these tasks that are there and have not ended."""
+    cursor.execute(SELECT_OPEN, {"ids": ids})
+    return {task_id for (task_id,) in cursor}
+
+
+def read_now(cursor: Any) -> datetime:
+    """Return the database's time."""
+    cursor.execute("SELECT clock_timestamp()")
+    now: datetime = cursor.fetchone()[0]
+    return now
+
+
 def release_due(cursor: Any) -> list[str]:
     """Let delayed tasks whose time has come be picked; return their ids."""
     cursor.execute(RELEASE_DUE_TASKS, {"limit": HOUSEKEEPING_ROWS})
     return [task_id for (task_id,) in cursor]
 
 
-def sweep(cursor: Any, page: int, pages: int, days: int, seconds: float) -> int:
-    """Delete ended tasks older than days in so many pages from page on; return the next page.
-    Raise QueryCanceled if that takes too many seconds."""
+def sweep(
+    cursor: Any, status: str, since: datetime, limit: int, days: int, seconds: float
+) -> datetime | None:
+    """Delete the oldest tasks of a status that ended over so many days ago, at most limit; return
+    since when to go on, None if there are no more. Raise QueryCanceled if it takes too long."""
     cursor.execute(f"SET LOCAL statement_timeout = {int(seconds * 1000)}")
-    bounds = {"first": f"({page},0)", "end": f"({page + pages},0)", "days": days}
+    bounds = {"status": status, "since": since, "limit": limit, "days": days}
     cursor.execute(DELETE_ENDED_TASKS, bounds)
-    cursor.execute(COUNT_PAGES)
-    return page + pages if page + pages < cursor.fetchone()[0] else 0
+    count, last = cursor.fetchone()
+    return last if count == limit else None
 
 
 def has_synchronous_standby(cursor: Any) -> bool:

@@ -32,6 +32,7 @@ MAX_WALK_PAUSE_SECONDS = 10
 MIN_SPAN = 1 / 256
 FULL_SECONDS = 0.02
 ROOM_SECONDS = 0.25  # how old the measured length of the queue may be
+STALLED_SECONDS = 10
 
 
 class Arrivals:
@@ -62,6 +63,12 @@ class Arrivals:
                 self.ids.clear()
                 self.backlog = self.overflowed = True
             self.changed.notify()
+
+    def look(self) -> None:
+        """Have the index walked at once."""
+        with self.changed:
+            self.backlog, self.walk_at = True, 0.0
+            self.changed.notify_all()
 
     def take(self) -> list[str] | None:
         """Wait for work, at most WALK_SECONDS; return ids to claim, or None if a walk is due."""
@@ -122,11 +129,27 @@ class Dispatcher:
         self.room = [0] * THREADS  # messages that each thread may send before it measures again
         self.flows = False  # tasks wait in the table, and somebody takes them from the queue
         self.turned_at = 0.0  # of time.monotonic(), the last turn without an error
+        self.measured: tuple[float, dict[str, int]] = 0.0, {}  # when, and what waited in the queues
 
     @property
     def broker_state(self) -> str:
         """What /readyz says of the broker: "ok" if any thread is connected."""
         return "ok" if "ok" in self.states else self.states[0]
+
+    def state(self, paused: bool = False) -> str:
+        """Return "ok", or what is wrong with the dispatch."""
+        if time.monotonic() - self.turned_at > STALLED_SECONDS:
+            return f"no turn for {STALLED_SECONDS} seconds"
+        return "paused" if paused else "ok"
+
+    def turn_time(self) -> float:
+        """Return when the last turn without an error began, in seconds since 1970; 0: never."""
+        return time.time() - (time.monotonic() - self.turned_at) if self.turned_at else 0.0
+
+    def depths(self) -> dict[str, int] | None:
+        """Return how many messages wait in each queue; None if that is not known now."""
+        measured_at, depths = self.measured
+        return depths if time.monotonic() - measured_at < STALLED_SECONDS else None
 
     def run(self, number: int) -> None:
         """Dispatch until stop is set, through every outage: the body of thread `number`."""
@@ -148,7 +171,8 @@ class Dispatcher:
         expire, become a dead letter and be sent again."""
         self.room[number] = BATCH  # said before the others' is read: never do both miss it
         others = sum(self.room) - BATCH
-        waiting, consumers = broker.count_waiting(channel)
+        depths, consumers = broker.count_waiting(channel)
+        self.measured, waiting = (time.monotonic(), depths), sum(depths.values())
         self.flows = consumers > 0 and self.arrivals.backlog
         if not consumers:
             self.room[number] = max(0, BATCH - waiting - others)

@@ -7,12 +7,16 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import database
 import leases
+import minutes
 import pool
 import process
+import task
 from dispatcher import Arrivals
+from metrics import Metrics
 
 log = logging.getLogger("housekeeper")
 
@@ -24,14 +28,26 @@ RESCUE_SECONDS = min(process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS) / 20
 # a clock: the consumers could not renew their leases meanwhile, and do so within their back-off.
 GRACE_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS / 2)
 LATE_SECONDS = 5  # a turn that came so late was frozen; a clock that differs by so much was set
-SWEEP_PAGES = 128
+SWEEP_ROWS = 5000
+BEGINNING = datetime.min.replace(tzinfo=UTC)
+SWEEP_SECONDS = 60  # between two looks for old tasks when there are none
+COUNTS_SECONDS = 5  # between two times that what was counted is written down
 FORGET_SECONDS = 600  # between two looks for consumers that are gone for good
 
 
 class Housekeeper:
     """Keeps the table in order until stop is set; `arrivals` hears of what becomes pending."""
 
-    def __init__(self, connections: pool.Pool, stop: threading.Event, arrivals: Arrivals) -> None:
+    def __init__(
+        self,
+        connections: pool.Pool,
+        stop: threading.Event,
+        arrivals: Arrivals,
+        counted: Metrics,
+        producer: str,
+    ) -> None:
+        self.metrics = counted
+        self.producer = producer  # a UUID
         self.connections = connections
         self.stop = stop
         self.arrivals = arrivals
@@ -39,20 +55,30 @@ class Housekeeper:
         self.forget_at = 0.0
         self.clocks = time.monotonic(), 0.0  # when the last turn began; the database's time then
         self.sweep_at = 0.0 if RETENTION_DAYS else math.inf
-        self.page, self.pages = 0, SWEEP_PAGES  # of the table, what the next sweep takes
+        self.sweep_since = dict.fromkeys(task.ENDED, BEGINNING)
+        self.sweep_rows = SWEEP_ROWS  # the next batch
+        self.counts_at = 0.0
         self.silence = process.Backoff(log, "no heartbeat of a consumer")
 
     def run(self) -> None:
         """Work in turns until stop is set: the body of a thread."""
         turns = process.Backoff(log, "housekeeping failed")
         sweeps = process.Backoff(log, "old tasks are not deleted")
+        writes = process.Backoff(log, "what was counted is not written down")
         while not self.stop.wait(TURN_SECONDS):
             delay = self.attempt(self.turn, turns)
             if delay:
                 self.postpone_rescue()
                 self.stop.wait(delay)
-            elif time.monotonic() >= self.sweep_at:  # if it fails, nothing else waits for it
-                self.sweep_at = time.monotonic() + self.attempt(self.sweep, sweeps)
+                continue
+            # If these fail, nothing else waits for them.
+            now = time.monotonic()
+            if now >= self.sweep_at:
+                self.sweep_at = now
+                self.sweep_at += self.attempt(self.sweep, sweeps)
+            if now >= self.counts_at:
+                self.counts_at = now + COUNTS_SECONDS + self.attempt(self.write_counts, writes)
+        self.attempt(self.write_counts, writes)
 
     def attempt(self, work: Callable[[], None], backoff: process.Backoff) -> float:
         """Do work; return the seconds to wait after a failure, 0 if it went well."""
@@ -73,11 +99,13 @@ class Housekeeper:
         if time.monotonic() >= self.forget_at:
             self.forget_at = time.monotonic() + FORGET_SECONDS
             self.connections.transaction(leases.forget_consumers)
+            self.connections.transaction(minutes.forget)
         if time.monotonic() >= self.rescue_at:
             work = functools.partial(leases.rescue_lost, as_of=as_of)
             rescued = self.connections.transaction(work)
             if rescued:
                 log.warning("rescued %d tasks that were sent and lost", len(rescued))
+                self.metrics.note_rescued(len(rescued))
             self.arrivals.add(rescued)
             # A full batch leaves others behind.
             full = len(rescued) == database.HOUSEKEEPING_ROWS
@@ -103,18 +131,37 @@ class Housekeeper:
         """Give the consumers time to renew their leases."""
         self.rescue_at = max(self.rescue_at, time.monotonic() + GRACE_SECONDS)
 
-    def sweep(self) -> None:
-        """Delete old tasks in the next pages of the table."""
-        work = functools.partial(
-            database.sweep,
-            page=self.page,
-            pages=self.pages,
-            days=RETENTION_DAYS,
-            seconds=LATE_SECONDS / 2,  # or the turns would look late
-        )
+    def write_counts(self) -> None:
+        """Write down what this producer has counted since the last time."""
+        unwritten = self.metrics.take_unwritten()
+        if not unwritten:
+            return
+        work = functools.partial(minutes.write, producer=self.producer, minutes=unwritten)
         try:
-            self.page = self.connections.transaction(work)
+            self.connections.transaction(work)
         except Exception:
-            self.pages = max(1, self.pages // 2)  # perhaps they took too long
+            self.metrics.put_back(unwritten)
             raise
-        self.pages = min(2 * self.pages, SWEEP_PAGES)
+
+    def sweep(self) -> None:
+        """Delete some old tasks of each status."""
+        full = False
+        for status, since in self.sweep_since.items():
+            work = functools.partial(
+                database.sweep,
+                status=status,
+                since=since,
+                limit=self.sweep_rows,
+                days=RETENTION_DAYS,
+                seconds=LATE_SECONDS / 2,  # or the turns would look late
+            )
+            try:
+                end = self.connections.transaction(work)
+            except Exception:
+                self.sweep_rows = max(1, self.sweep_rows // 2)  # perhaps they took too long
+                raise
+            full = full or end is not None
+            self.sweep_since[status] = end or BEGINNING
+        self.sweep_rows = min(2 * self.sweep_rows, SWEEP_ROWS)
+        if not full:
+            self.sweep_at += SWEEP_SECONDS

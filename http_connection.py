@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import json
+import select
 import socket
 import time
 from email.utils import formatdate
@@ -44,7 +45,7 @@ class Connection:
         self.received = b""  # bytes of the next request that came with the last one
         self.upload: http_limits.Transfer | None = None  # the request's body, once it is large
         self.is_last = False  # the server wants no request after the one under way
-        self.base = server.base | {"REMOTE_ADDR": address[0]}
+        self.base = server.base | {"REMOTE_ADDR": address[0], "tasks.is_gone": self.is_gone}
 
     def answer_requests(self) -> None:
         """Answer requests until one says close, or an error makes the rest unreadable. Raise Closed
@@ -59,6 +60,15 @@ class Connection:
         self.is_last = True
         with contextlib.suppress(OSError):  # closed meanwhile
             self.socket.shutdown(socket.SHUT_RD)  # what is in the socket can still be read
+
+    def is_gone(self) -> bool:
+        """Tell whether the client has closed, for an application that takes its time."""
+        poller = select.poll()
+        try:
+            poller.register(self.socket, select.POLLRDHUP)
+            return bool(poller.poll(0))
+        except (OSError, ValueError):  # closed meanwhile
+            return True
 
     def answer(self) -> bool:
         """Read one request, run the application, send its answer; say whether to go on."""
@@ -83,10 +93,10 @@ class Connection:
         """Return the application's answer; the request's body is out of memory then."""
         body = http_message.body_of(environ)
         if self.server.authorize is not None:
-            reason = self.server.authorize(environ)
-            if reason is not None:
-                scheme = ("WWW-Authenticate", "Bearer")
-                raise Refused("401 Unauthorized", reason, scheme, keep=body.done)
+            refused = self.server.authorize(environ)
+            if refused is not None:
+                refused.keep = body.done
+                raise refused
         try:
             size = self.read_body(environ, body)
             if self.upload is None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import http_limits
 from http_connection import Answer, Closed, Connection, Environ
+from http_message import Refused
 
 log = logging.getLogger("http")
 
@@ -47,8 +48,8 @@ class ErrorLog:
 class Server(socketserver.TCPServer):
     """Listens at once; serve() answers from threads of its own until close().
 
-    authorize gets the environ of a head and returns why the request is refused with a 401, before
-    its body is read, or None. At max_connections the connection that is idle for the longest is
+    authorize gets the environ of a head and returns how the request is refused, before its body is
+    read, or None. At max_connections the connection that is idle for the longest is
     closed for a new one: its client has not sent a whole head, or has had its last answer.
     """
 
@@ -60,7 +61,7 @@ class Server(socketserver.TCPServer):
         host: str,
         port: int,
         app: Callable[..., Any],
-        authorize: Callable[[Environ], str | None] | None = None,
+        authorize: Callable[[Environ], Refused | None] | None = None,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self.app = app

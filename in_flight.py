@@ -72,7 +72,10 @@ class InFlight:
         """Take outcomes for the reporter, at once if nothing waits behind them; a worker was busy
         with them for so many seconds."""
         with self.lock:
-            for entry, _ in ended:
+            pace = seconds / len(ended)
+            began = time.time() - seconds + (self.waiting.skew or 0.0)  # by the database's clock
+            for index, (entry, report) in enumerate(ended):
+                report.started_at, report.seconds = began + index * pace, pace
                 entry.state = DONE
                 self.leave(entry)
             self.outcomes.done += ended

@@ -9,14 +9,26 @@ import database
 import process
 import task
 
-MAX_WORD_BYTES = 255
+RESCUED = database.APPEND_TO_HISTORY.format(
+    outcome="'rescued'",
+    error="NULL",
+    host="host",
+    started_at="started_at",
+    seconds="extract(epoch FROM now() - started_at)::float8",
+)
 
 # The same attempt again: neither a failure nor a new run if a copy turns up after all. The holder
 # stays, so that the next consumer asks before it starts the task. Only what was over when the last
 # turn began: whoever was frozen since then could not renew.
-RESCUE_LOST_TASKS = """
+RESCUE_LOST_TASKS = f"""
 UPDATE tasks
-SET status = 'pending', sent_at = NULL, lease_until = NULL
+SET status = 'pending',
+    sent_at = NULL,
+    lease_until = NULL,
+    host = NULL,
+    started_at = NULL,
+    seconds = NULL,
+    history = {RESCUED}
 WHERE id = ANY(ARRAY(
     SELECT id FROM tasks
     WHERE status = 'sent' AND lease_until < to_timestamp(%(as_of)s)
@@ -43,10 +55,10 @@ WHERE id = ANY(ARRAY(
 # Rows that somebody else has locked are skipped: the others' leases must not lapse for them.
 HOLD_TASKS = f"""
 WITH mine AS MATERIALIZED (
-    SELECT tasks.id
+    SELECT tasks.id, named.run
     FROM tasks
-    JOIN unnest(%(ids)s::uuid[], %(attempts)s::int[], %(sents)s::bigint[])
-        AS named (id, attempt, sent)
+    JOIN unnest(%(ids)s::uuid[], %(attempts)s::int[], %(sents)s::bigint[], %(runs)s::float8[])
+        AS named (id, attempt, sent, run)
         ON tasks.id = named.id AND tasks.attempt = named.attempt
     WHERE status IN ('pending', 'sent')
         AND (
@@ -62,7 +74,9 @@ SET status = 'sent',
     delayed = false,
     sent_at = coalesce(sent_at, now()),
     holder = %(consumer)s::uuid,
-    lease_until = now() + make_interval(secs => %(seconds)s)
+    lease_until = now() + make_interval(secs => %(seconds)s),
+    host = %(host)s,
+    started_at = now() - make_interval(secs => mine.run)
 FROM mine
 WHERE tasks.id = mine.id
 RETURNING tasks.id, tasks.attempt
@@ -75,11 +89,12 @@ WHERE id = ANY(%(ids)s::uuid[])
 """
 
 UPSERT_CONSUMER = """
-INSERT INTO consumers (id, host, concurrency, version, tasks)
-VALUES (%(consumer)s::uuid, %(host)s, %(concurrency)s, %(version)s, %(tasks)s)
+INSERT INTO consumers (id, host, concurrency, busy, version, tasks)
+VALUES (%(consumer)s::uuid, %(host)s, %(concurrency)s, %(busy)s, %(version)s, %(tasks)s)
 ON CONFLICT (id) DO UPDATE
 SET host = excluded.host,
     concurrency = excluded.concurrency,
+    busy = excluded.busy,
     version = excluded.version,
     tasks = excluded.tasks,
     seen_at = now()
@@ -118,6 +133,7 @@ class Heartbeat(NamedTuple):
     consumer: str  # a UUID
     host: str
     concurrency: int
+    busy: int  # workers with a task; one of version 1.2 says nothing: those with a long one
     version: str
     tasks: list[Named]
 
@@ -131,18 +147,23 @@ def parse_heartbeat(body: Any) -> Heartbeat:
         )
     if len(body["tasks"]) > task.MAX_NAMED:
         raise ValueError(f"tasks: expected at most {task.MAX_NAMED}, got {len(body['tasks'])}")
-    concurrency = body.get("concurrency")
-    if type(concurrency) is not int or not 0 <= concurrency <= task.MAX_NAMED:
-        raise ValueError(
-            f"concurrency: expected 0 to {task.MAX_NAMED}, got {task.shorten(concurrency)}"
-        )
+    named = [parse_named(each) for each in body["tasks"]]
+    running = sum(each.is_running for each in named)
     return Heartbeat(
         task.parse_consumer(body.get("consumer"), "consumer"),
-        task.parse_text(body.get("host"), "host", MAX_WORD_BYTES),
-        concurrency,
-        task.parse_text(body.get("version"), "version", MAX_WORD_BYTES),
-        [parse_named(each) for each in body["tasks"]],
+        task.parse_word(body.get("host"), "host"),
+        parse_count(body.get("concurrency"), "concurrency"),
+        parse_count(body.get("busy", running), "busy"),
+        task.parse_word(body.get("version"), "version"),
+        named,
     )
+
+
+def parse_count(value: Any, name: str) -> int:
+    """Return a number of workers; raise ValueError otherwise."""
+    if type(value) is not int or not 0 <= value <= task.MAX_NAMED:
+        raise ValueError(f"{name}: expected 0 to {task.MAX_NAMED}, got {task.shorten(value)}")
+    return value
 
 
 def parse_named(element: Any) -> Named:
@@ -154,7 +175,7 @@ def parse_named(element: Any) -> Named:
         task.parse_uuid(element.get("taskId")),
         element["attempt"],
         task.parse_seconds(element.get("seconds"), "seconds"),
-        task.parse_text(element.get("state"), "state", MAX_WORD_BYTES),
+        task.parse_word(element.get("state"), "state"),
         None if element.get("sent") is None else task.parse_sent(element["sent"], "sent"),
     )
 
@@ -176,11 +197,17 @@ def answer_heartbeat(cursor: Any, heartbeat: Heartbeat) -> dict[str, Any]:
         elif holder == consumer or (each.is_running and each.seconds >= task.HOLD_SECONDS):
             due.append(each)
     if due:
-        lease = {"seconds": process.LEASE_SECONDS, "nobody": task.NOBODY, "consumer": consumer}
+        lease = {
+            "seconds": process.LEASE_SECONDS,
+            "nobody": task.NOBODY,
+            "consumer": consumer,
+            "host": heartbeat.host,
+        }
         columns = {
             "ids": [each.task_id for each in due],
             "attempts": [each.attempt for each in due],
             "sents": [each.sent for each in due],
+            "runs": [each.seconds for each in due],
         }
         cursor.execute(HOLD_TASKS, lease | columns)
         renewed = {tuple(row) for row in cursor}
@@ -203,7 +230,7 @@ def note_consumer(cursor: Any, heartbeat: Heartbeat) -> None:
             "seconds": each.seconds,
             "state": each.state,
         }
-        for each in heartbeat.tasks
+        for each in sorted(heartbeat.tasks, key=lambda each: (not each.is_running, -each.seconds))
     ]
     cursor.execute(UPSERT_CONSUMER, heartbeat._asdict() | {"tasks": json.dumps(tasks)})
 

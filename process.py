@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 
 TURN_SECONDS = 0.25  # how long a loop may take to notice that it is to stop
-VERSION = "1.2.0"
+VERSION = "1.3.0"
 FIRST_DELAY_SECONDS = 0.25
 LAST_DELAY_SECONDS = 15
 REPEAT_LOG_SECONDS = 60  # an outage is logged when it begins and then so often
@@ -61,6 +61,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 API_TOKEN = setting("API_TOKEN", "", str)
+READ_TOKEN = setting("READ_TOKEN", "", str)
 LOG_LEVEL = setting("LOG_LEVEL", "INFO", str.upper)
 # For what runs to end after SIGTERM; Compose kills ten seconds later.
 STOP_SECONDS = setting("STOP_SECONDS", 50.0, number(1, 10**6))

@@ -1,5 +1,5 @@
 """The producer: serves the HTTP API over the table of tasks and dispatches random pending tasks to
-RabbitMQ from a background thread.
+RabbitMQ from background threads.
 
 Run it with `python producer.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
 
@@ -8,16 +8,18 @@ import sys
 import threading
 import time
 import uuid
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from typing import Any
 
 import bottle
 import psycopg2.errors
 
+import access
 import api
 import database
 import http_server
 import leases
+import metrics
 import pool
 import process
 import rules
@@ -26,6 +28,8 @@ import task
 from dispatcher import THREADS, Arrivals, Dispatcher
 from group_commit import GroupCommit
 from housekeeper import Housekeeper
+from operator_api import OperatorApi
+from waiters import Full, Waiters
 
 log = logging.getLogger("producer")
 
@@ -36,7 +40,7 @@ HTTP_CONNECTIONS = process.setting(
 )
 
 MAX_ELEMENTS = 10_000  # of an array in one call
-STALLED_SECONDS = 10
+MAX_WAIT_SECONDS = 60
 STOP_REQUESTS_SECONDS = 15
 CREATE_FIELDS = ("text", "taskId", "runAt", "timeoutSeconds")
 
@@ -46,6 +50,11 @@ creates = GroupCommit(connections)
 stop = threading.Event()
 arrivals = Arrivals()
 dispatcher = Dispatcher(stop, arrivals)
+producer_id = str(uuid.uuid4())
+counted = metrics.Metrics()
+# The others are for who does not wait.
+waiters = Waiters(max(1, HTTP_CONNECTIONS // 2), stop)
+OperatorApi(dispatcher, arrivals, counted, producer_id).add_routes(app)
 
 
 def parse_new_task(element: Any) -> database.NewTask:
@@ -61,22 +70,10 @@ def parse_new_task(element: Any) -> database.NewTask:
     if not text:
         raise ValueError("text: expected at least one character")
     task_id = element.get("taskId")
-    task_id = str(uuid.uuid4()) if task_id is None else task.parse_uuid(task_id)
+    task_id = task.new_id() if task_id is None else task.parse_uuid(task_id)
     timeout = task.parse_timeout(element.get("timeoutSeconds"))
-    return database.NewTask(task_id, text, timeout, parse_time(element.get("runAt")))
-
-
-def parse_time(value: Any) -> datetime | None:
-    """Return an ISO 8601 time, taken as UTC if it names no offset; raise ValueError otherwise."""
-    if value is None:
-        return None
-    try:
-        time_ = datetime.fromisoformat(value)
-        return (time_ if time_.tzinfo else time_.replace(tzinfo=UTC)).astimezone(UTC)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(
-            f"runAt: expected ISO 8601 such as 2030-01-31T12:00:00Z, got {task.shorten(value)}"
-        ) from None
+    run_at = task.parse_time(element.get("runAt"), "runAt")
+    return database.NewTask(task_id, text, timeout, run_at)
 
 
 @app.post("/api/v1/create-task")
@@ -97,6 +94,7 @@ def create_task() -> bytes:
     else:
         tasks = {new[0].id: creates.insert(new[0])}
         check_same(new, tasks)
+    counted.note_created(len(new))
     arrivals.add([each.id for each in new])
     answers = [tasks[each.id] for each in new]
     return api.answer(answers if body is elements else answers[0], 201)
@@ -118,15 +116,42 @@ def check_same(new: list[database.NewTask], tasks: dict[str, dict[str, Any]]) ->
 
 @app.get("/api/v1/get-task-data")
 def get_task_data() -> bytes:
-    """Answer one task."""
+    """Answer one task; with `wait`, when it has ended or so many seconds are over."""
+    fields = api.read_form(bottle.request.query_string)
     try:
-        task_id = task.parse_uuid(api.read_form(bottle.request.query_string).get("taskId"))
+        task_id = task.parse_uuid(fields.get("taskId"))
+        seconds = parse_wait(fields.get("wait"))
     except ValueError as error:
         api.refuse(400, str(error))
+    found = select_task(task_id)
+    if seconds and found["taskStatus"] not in task.ENDED:
+        try:
+            waiters.wait(task_id, seconds, bottle.request.environ["tasks.is_gone"])
+        except Full:
+            reason = f"{waiters.most} clients wait already, expected fewer"
+            raise bottle.HTTPError(503, reason, headers={"Retry-After": "1"}) from None
+        found = select_task(task_id)
+    return api.answer(found)
+
+
+def select_task(task_id: str) -> dict[str, Any]:
+    """Return a task with its history, or end the request with a 404."""
     tasks = connections.statement(lambda cursor: database.select_tasks(cursor, [task_id]))
     if task_id not in tasks:
         api.refuse(404, f"no task has the id {task_id}")
-    return api.answer(tasks[task_id])
+    return tasks[task_id]
+
+
+def parse_wait(value: Any) -> float:
+    """Return how many seconds a client waits for the end of a task."""
+    try:
+        seconds = float(value or 0)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_WAIT_SECONDS:
+        expected = f"expected seconds from 0 to {MAX_WAIT_SECONDS}"
+        raise ValueError(f"wait: {expected}, got {task.shorten(value)}")
+    return seconds
 
 
 @app.put("/api/v1/update-task-status")
@@ -142,8 +167,7 @@ def update_task_status() -> bytes:
     [verdict] = apply([report])
     if verdict.code != 200:
         api.refuse(verdict.code, verdict.reason)
-    tasks = connections.statement(lambda cursor: database.select_tasks(cursor, [report.id]))
-    return api.answer(tasks[report.id])
+    return api.answer(select_task(report.id))
 
 
 def update_many(elements: list[Any]) -> bytes:
@@ -159,7 +183,10 @@ def update_many(elements: list[Any]) -> bytes:
             reports[index] = task.parse_report(element)
         except ValueError as error:
             reasons[index] = str(error)
-    skip_locked = api.read_form(bottle.request.query_string).get("skipLocked") == "true"
+    query = api.read_form(bottle.request.query_string)
+    skip_locked = query.get("skipLocked") == "true"
+    if "host" in query:
+        note_host(reports.values(), query["host"])
     verdicts = dict(zip(reports, apply(list(reports.values()), skip_locked), strict=True))
     lists: dict[str, list[int]] = {
         name: [index for index, verdict in verdicts.items() if verdict == of]
@@ -177,23 +204,33 @@ def update_many(elements: list[Any]) -> bytes:
     return api.answer(counts | {name: value for name, value in lists.items() if value})
 
 
+def note_host(reports: Iterable[task.Report], host: str) -> None:
+    """Note where the tasks ran, for reports that do not say it."""
+    try:
+        host = task.parse_word(host, "host")
+    except ValueError as error:
+        api.refuse(400, str(error))
+    for report in reports:
+        report.host = report.host or host
+
+
 def apply(reports: list[task.Report], skip_locked: bool = False) -> list[rules.Verdict]:
     """Apply reports in one transaction; return a verdict for each. With skip_locked, a row that is
     locked for long holds up no other."""
     # without an attempt, a second try after a COMMIT of unknown outcome could undo a newer change
     fenced = all(report.attempt is not None for report in reports)
     try:
-        verdicts, ready = connections.transaction(
+        verdicts, changed = connections.transaction(
             lambda cursor: database.apply_reports(cursor, reports), fenced
         )
     except pool.Unavailable as error:
         if not (skip_locked and isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)):
             raise
-        verdicts, ready = connections.transaction(
+        verdicts, changed = connections.transaction(
             lambda cursor: database.apply_reports(cursor, reports, skip_locked=True), fenced
         )
-    if ready:
-        arrivals.add(ready)
+    counted.note_changed(changed)
+    arrivals.add([row.id for row in changed if row.status == "pending" and not row.delayed])
     return verdicts
 
 
@@ -227,13 +264,11 @@ def healthz() -> bytes:
 @app.get("/readyz")
 def readyz() -> bytes:
     """Answer what works. 503 only without the database: without a broker tasks are still taken."""
-    state = {"database": "ok", "broker": dispatcher.broker_state, "dispatcher": "ok"}
+    state = {"database": "ok", "broker": dispatcher.broker_state, "dispatcher": dispatcher.state()}
     try:
         connections.statement(lambda cursor: cursor.execute(database.PROBE))
     except pool.Unavailable as error:
         state["database"] = str(error)
-    if time.monotonic() - dispatcher.turned_at > STALLED_SECONDS:
-        state["dispatcher"] = f"no turn for {STALLED_SECONDS} seconds"
     return api.answer(state, 200 if state["database"] == "ok" else 503)
 
 
@@ -258,9 +293,10 @@ def start_background() -> None:
         threading.Thread(target=dispatcher.run, args=(number,), name=f"dispatcher-{number + 1}")
         for number in range(THREADS)
     ]
-    housekeeper = Housekeeper(connections, stop, arrivals)
+    housekeeper = Housekeeper(connections, stop, arrivals, counted, producer_id)
     threads.append(threading.Thread(target=housekeeper.run, name="housekeeper"))
     threads.append(threading.Thread(target=schema.build_indexes, args=(stop,), name="indexes"))
+    threads.append(threading.Thread(target=waiters.run, name="waiters"))
     for thread in threads:
         thread.daemon = True
         thread.start()
@@ -273,7 +309,10 @@ def main() -> None:
     process.start_logging()
     process.stop_on_signals(stop)
     try:
-        server = http_server.Server(HTTP_HOST, HTTP_PORT, app, api.authorize, HTTP_CONNECTIONS)
+        measured = metrics.Requests(app, counted)
+        server = http_server.Server(
+            HTTP_HOST, HTTP_PORT, measured, access.authorize, HTTP_CONNECTIONS
+        )
     except OSError as error:
         print(f"HTTP_HOST={HTTP_HOST!r}, HTTP_PORT={HTTP_PORT}: {error}", file=sys.stderr)
         sys.exit(2)

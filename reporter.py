@@ -7,7 +7,7 @@ import socket
 import time
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 
@@ -50,7 +50,8 @@ class Client:
     def __init__(self) -> None:
         self.session = requests.Session()
         self.session.trust_env = False  # proxies of the environment are not for the producer
-        self.updates = self.prepare("update-task-status?skipLocked=true")
+        host = quote(socket.gethostname())
+        self.updates = self.prepare(f"update-task-status?skipLocked=true&host={host}")
         self.heartbeats = self.prepare("consumer-heartbeat")
 
     def prepare(self, call: str) -> requests.PreparedRequest:
@@ -128,7 +129,7 @@ class Reporter:
     def __init__(self, in_flight: InFlight, concurrency: int) -> None:
         self.in_flight = in_flight
         self.client = Client()
-        self.about = {
+        self.about: dict[str, Any] = {
             "consumer": in_flight.consumer,
             "host": socket.gethostname(),
             "concurrency": concurrency,
@@ -175,7 +176,9 @@ class Reporter:
         1.1 knows no heartbeat."""
         began = time.time()
         try:
-            now, held, stop = self.client.beat(self.about | {"tasks": self.in_flight.named()})
+            tasks = self.in_flight.named()
+            busy = min(self.in_flight.fed, self.about["concurrency"])
+            now, held, stop = self.client.beat(self.about | {"busy": busy, "tasks": tasks})
             self.beats.succeeded()
             self.in_flight.heard(held, stop, now - (began + time.time()) / 2)
         except Unavailable as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import process
-from task import ENDED, NOBODY, Report
+from task import ENDED, NOBODY, TIMED_OUT, Report
 
 MAX_ATTEMPTS = process.setting("MAX_ATTEMPTS", 1, process.whole(1, 1000))
 RETRY_SECONDS = process.setting("RETRY_SECONDS", 5.0, process.number(0, 3600))
@@ -18,7 +18,8 @@ ALONE_SECONDS = 10  # until a task whose turn to run alone was not free is tried
 @dataclass(slots=True)
 class Row:
     """A locked row as the rules see it. sent: as in the message; lease: seconds until it
-    ends; delay: seconds until it is due."""
+    ends; due_at: since when it may run, in seconds since 1970; delay: seconds until it is due.
+    outcome: what the history is to say of the attempt, if that is over without success."""
 
     id: str
     status: str
@@ -30,9 +31,14 @@ class Row:
     sent: int | None
     holder: str | None
     lease: float | None
+    due_at: float = 0.0
     result: str | None = None
     error: str | None = None
     delay: float | None = None
+    outcome: str | None = None
+    started_at: float | None = None
+    seconds: float | None = None
+    host: str | None = None
     changed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,7 +53,7 @@ class Row:
 
 WRITTEN = (
     "id", "status", "attempt", "failures", "starts", "start_token", "delayed",
-    "holder", "lease", "result", "error", "delay",
+    "holder", "lease", "result", "error", "delay", "outcome", "started_at", "seconds", "host",
 )  # fmt: skip
 
 
@@ -79,18 +85,21 @@ def judge(row: Row, report: Report) -> Verdict:
     if report.status == "success":
         change(row, "success")
         row.result = report.result
+        note_run(row, report)
     elif report.status == "pending":
         run_again(row)
-        row.failures = 0
+        row.failures, row.delay, row.outcome = 0, 0.0, "retried"
     elif row.status == "success":
         return Verdict(409, "success does not become error; expected success or pending")
     elif report.attempt is None:  # a cancel: the running copy must not undo it
         change(row, "error")
         row.attempt += 1
         row.error = report.error or "cancelled"
+        row.outcome = "cancelled"
     elif report.reason is None:
         if report.holder not in (None, row.holder) and (row.is_held() or is_old_copy(row, report)):
             return HELD
+        note_run(row, report)
         count_failure(row, report.error)
     else:
         return judge_dead_letter(row, report)
@@ -125,6 +134,7 @@ def judge_running(row: Row, report: Report) -> Verdict:
     if report.error:
         row.error = report.error
         row.changed = True
+        note_run(row, report)
     if report.started is not None:
         return start(row, report)
     if row.status == "sent" and not row.is_held():
@@ -160,6 +170,7 @@ def start(row: Row, report: Report) -> Verdict:
     row.status, row.delayed, row.changed = "sent", False, True
     if report.holder is not None:
         row.holder, row.lease = report.holder, process.LEASE_SECONDS
+        row.host = report.host
     return ALONE if row.starts == MAX_STARTS - 1 else ACCEPTED
 
 
@@ -182,6 +193,7 @@ def count_failure(row: Row, error: str | None) -> None:
     """Count a failed attempt: back to pending after a pause while attempts are left, else error."""
     row.failures += 1
     row.error = error or row.error
+    row.outcome = "timed out" if (row.error or "").startswith(TIMED_OUT) else "failed"
     if row.failures >= MAX_ATTEMPTS:
         change(row, "error")
         return
@@ -189,6 +201,11 @@ def count_failure(row: Row, error: str | None) -> None:
     pause = RETRY_SECONDS * 2 ** min(row.failures - 1, 20)
     row.delay = min(pause * random.uniform(1, 1.25), MAX_RETRY_SECONDS)
     row.delayed = row.delay > 0
+
+
+def note_run(row: Row, report: Report) -> None:
+    """Keep what a report says of the run that has ended."""
+    row.started_at, row.seconds, row.host = report.started_at, report.seconds, report.host
 
 
 def run_again(row: Row) -> None:

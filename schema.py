@@ -20,7 +20,10 @@ SCHEMA = Path(__file__).with_name("schema.sql").read_text("utf-8")
 INDEXES = {
     match[1]: match[0] for match in re.finditer(r"^CREATE INDEX (\w+) [^;]+;", SCHEMA, re.MULTILINE)
 }
-[CONSUMERS] = re.findall(r"^CREATE UNLOGGED TABLE [^;]+;", SCHEMA, re.MULTILINE)
+TABLES = {
+    match[1]: match[0]
+    for match in re.finditer(r"^CREATE (?:UNLOGGED )?TABLE (\w+) [^;]+;", SCHEMA, re.MULTILINE)
+}
 # Advisory locks. Nobody waits for them: who does not get one looks again later.
 TABLE_LOCK = 0x7461736B  # "task"
 INDEX_LOCK = TABLE_LOCK + 1
@@ -30,12 +33,12 @@ RETRY_SECONDS = 1.0
 INDEX_RETRY_SECONDS = 10
 
 SELECT_COLUMNS = """
-SELECT attname
-FROM pg_attribute
-WHERE attrelid = to_regclass('tasks') AND attnum > 0 AND NOT attisdropped
+SELECT relname || '.' || attname
+FROM unnest(%(tables)s) AS name
+JOIN pg_class ON pg_class.oid = to_regclass(name)
+JOIN pg_attribute ON attrelid = pg_class.oid
+WHERE attnum > 0 AND NOT attisdropped
 """
-
-HAS_CONSUMERS = "SELECT to_regclass('consumers') IS NOT NULL"
 
 SELECT_VALID_INDEXES = """
 SELECT relname
@@ -47,7 +50,7 @@ WHERE indrelid = to_regclass('tasks') AND indisvalid
 # Steps from older tables, oldest first. Each renames or adds one column: it is due while the old
 # name is there, or the new one is not.
 RENAMED_COLUMNS = {
-    "held": """
+    "tasks.held": """
         ALTER TABLE tasks RENAME COLUMN held TO delayed;
         ALTER TABLE tasks
             RENAME CONSTRAINT tasks_only_pending_is_held TO tasks_only_pending_is_delayed;
@@ -55,7 +58,7 @@ RENAMED_COLUMNS = {
     """,
 }
 ADDED_COLUMNS = {
-    "lease_until": """
+    "tasks.lease_until": """
         ALTER TABLE tasks
             ADD COLUMN holder uuid,
             ADD COLUMN lease_until timestamptz,
@@ -66,19 +69,31 @@ ADDED_COLUMNS = {
                 autovacuum_vacuum_cost_delay = 0
             )
     """,
+    "tasks.history": """
+        ALTER TABLE tasks
+            ADD COLUMN host text,
+            ADD COLUMN started_at timestamptz,
+            ADD COLUMN seconds double precision,
+            ADD COLUMN history jsonb
+    """,
+    "consumers.busy": "ALTER TABLE consumers ADD COLUMN busy integer NOT NULL DEFAULT 0",
 }
 
 
 def steps(cursor: Any) -> list[str]:
     """Return the statements that the table still needs, in order."""
-    cursor.execute(SELECT_COLUMNS)
+    cursor.execute(SELECT_COLUMNS, {"tables": list(TABLES)})
     columns = {name for (name,) in cursor.fetchall()}
-    if not columns:
+    tables = {name.partition(".")[0] for name in columns}
+    if "tasks" not in tables:
         return [SCHEMA]
     due = [step for name, step in RENAMED_COLUMNS.items() if name in columns]
-    due += [step for name, step in ADDED_COLUMNS.items() if name not in columns]
-    cursor.execute(HAS_CONSUMERS)
-    return due if cursor.fetchone() == (True,) else [*due, CONSUMERS]
+    due += [
+        step
+        for name, step in ADDED_COLUMNS.items()
+        if name not in columns and name.partition(".")[0] in tables
+    ]
+    return due + [table for name, table in TABLES.items() if name not in tables]
 
 
 def migrate(cursor: Any) -> bool:

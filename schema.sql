@@ -1,5 +1,5 @@
--- The table of the task service and that of its consumers, as a new database gets them. In a
--- database that has older ones, schema.py adds what is missing.
+-- The tables of the task service, as a new database gets them. In a database that has older ones,
+-- schema.py adds what is missing.
 
 -- States -----------------------------------------------------------------------------------------
 -- pending  ожидает обработки       create-task, or a retry; the dispatcher will pick it
@@ -43,6 +43,12 @@ CREATE TABLE tasks (
     created_at  timestamptz      NOT NULL DEFAULT now(),
     sent_at     timestamptz,
     finished_at timestamptz,
+    -- The last run, as its consumer says: where, since when, for how long.
+    host        text,
+    started_at  timestamptz,
+    seconds     double precision,
+    -- The newest 20 runs that did not succeed, and retries; see database.APPEND_TO_HISTORY.
+    history     jsonb,
     CONSTRAINT tasks_pkey PRIMARY KEY (id),
     CONSTRAINT tasks_attempt_is_positive CHECK (attempt >= 1),
     CONSTRAINT tasks_only_pending_is_delayed CHECK (NOT delayed OR status = 'pending')
@@ -58,12 +64,34 @@ CREATE UNLOGGED TABLE consumers (
     id          uuid        NOT NULL,
     host        text        NOT NULL,
     concurrency integer     NOT NULL,
+    busy        integer     NOT NULL DEFAULT 0,
     version     text        NOT NULL,
-    -- [{"taskId", "attempt", "seconds", "state"}], what it has in flight
+    -- [{"taskId", "attempt", "seconds", "state"}], what it has in flight, the longest run first
     tasks       jsonb       NOT NULL,
     started_at  timestamptz NOT NULL DEFAULT now(),
     seen_at     timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT consumers_pkey PRIMARY KEY (id)
+);
+
+-- While this has its one row, no dispatcher claims anything.
+CREATE TABLE pause (
+    only_row boolean     NOT NULL DEFAULT true,
+    since    timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT pause_pkey PRIMARY KEY (only_row),
+    CONSTRAINT pause_has_one_row CHECK (only_row)
+);
+
+-- What each producer has counted in a minute. waits, runs: how many tasks by the upper bound of
+-- their seconds, {"0.5": 12}.
+CREATE TABLE minutes (
+    minute   timestamptz NOT NULL,
+    producer uuid        NOT NULL,
+    created  integer     NOT NULL,
+    success  integer     NOT NULL,
+    error    integer     NOT NULL,
+    waits    jsonb       NOT NULL,
+    runs     jsonb       NOT NULL,
+    CONSTRAINT minutes_pkey PRIMARY KEY (minute, producer)
 );
 
 -- Indexes ----------------------------------------------------------------------------------------
@@ -79,3 +107,7 @@ CREATE INDEX tasks_delayed ON tasks (run_at) WHERE delayed;
 -- RESCUE_LOST_TASKS reads every sent row, a few thousand; lease_until stays unindexed, so that a
 -- renewal moves no index entry.
 CREATE INDEX tasks_sent ON tasks (id) WHERE status = 'sent';
+
+-- Lists of what has ended, and the retention. Each task enters one of them once, at its end.
+CREATE INDEX tasks_success ON tasks (finished_at, id) WHERE status = 'success';
+CREATE INDEX tasks_error ON tasks (finished_at, id) WHERE status = 'error';

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import process
 from entry import Entry
 from in_flight import InFlight
+from task import TIMED_OUT
 from worker_process import READY_SECONDS, SILENT_SECONDS, WORKER, Garbage, WorkerProcess
 
 log = logging.getLogger("workers")
@@ -153,7 +154,7 @@ class Supervisor:
             elapsed = now - worker.fed[0].started
             limit = limit_of(worker.fed[0])
             if limit and elapsed >= limit:
-                self.end(worker, f"timed out after {limit:g} s")
+                self.end(worker, f"{TIMED_OUT}{limit:g} s")
             elif len(worker.fed) > 1 and elapsed >= self.patience():
                 self.pace = max(self.pace, elapsed)
                 self.in_flight.give_back(worker.take_back())
@@ -227,7 +228,8 @@ class Supervisor:
         """Say what becomes of the task that a worker has ended with."""
         if worker.failure and not entry.stopped:
             log.warning("task %s failed: %s", entry.message.id, worker.failure)
-            self.in_flight.finish([(entry, entry.report(error=worker.failure))], 0.0)
+            seconds = time.monotonic() - entry.started
+            self.in_flight.finish([(entry, entry.report(error=worker.failure))], seconds)
         else:
             log.warning("task %s ended with its worker: %s", entry.message.id, cause)
             self.in_flight.died(entry, cause)

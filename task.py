@@ -2,9 +2,13 @@
 Pure functions without I/O."""
 
 import json
+import os
 import re
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import process
@@ -12,10 +16,12 @@ import process
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_OUTCOME_BYTES = 64 * 1024  # of a result or an error text
 MAX_TIMEOUT_SECONDS = 10**7
+MAX_WORD_BYTES = 255  # of a host, a version, a state
 MAX_NAMED = 10_000  # tasks in one heartbeat
 HOLD_SECONDS = min(30, process.SENT_TIMEOUT_SECONDS / 4)  # a run of so long is held by its row
 # The holder of a row whose message is out again, and that somebody held before.
 NOBODY = "00000000-0000-0000-0000-000000000000"
+TIMED_OUT = "timed out after "  # how the error of a run begins that took too long
 
 ENDED = ("success", "error")
 WORDS = {
@@ -86,6 +92,10 @@ class Report:
     holder: str | None = None  # the consumer that speaks
     alone: bool | None = None  # it has a turn for a task that must run alone; None: yes
     release: float | None = None  # seconds
+    # Of the run that has ended: when it began, in seconds since 1970, how long it took, and where.
+    started_at: float | None = None
+    seconds: float | None = None
+    host: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that parse_report() reads."""
@@ -96,8 +106,11 @@ class Report:
             fields["attempt"] = self.attempt
         if self.result is not None:
             fields["result"] = self.result
+        if self.started_at is not None:
+            fields["startedAt"] = as_iso(datetime.fromtimestamp(self.started_at, UTC))
+            fields["seconds"] = self.seconds
         if self.status != "success":  # which says no more, and is the most frequent by far
-            for name in REPORT_FIELDS:
+            for name in REPORT_FIELDS.keys() - fields.keys() - {"startedAt"}:
                 if (value := getattr(self, name)) is not None:
                     fields[name] = value
         return fields
@@ -108,6 +121,33 @@ def parse_uuid(value: Any, name: str = "taskId") -> str:
     if not isinstance(value, str) or not UUID.fullmatch(value.strip()):
         raise ValueError(f"{name}: expected a UUID, got {shorten(value)}")
     return value.strip().lower()
+
+
+def new_id() -> str:
+    """Return a UUID of version 7 (RFC 9562): its first bits are the time, so that the ids of tasks
+    which are made together are neighbours in the index."""
+    bits = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
+    bits = bits & ~(0xF000 << 64) | 0x7000 << 64
+    bits = bits & ~(0xC000 << 48) | 0x8000 << 48
+    return str(uuid.UUID(int=bits))
+
+
+def as_iso(time_: datetime | None) -> str | None:
+    """Return a time as ISO 8601 in UTC."""
+    return None if time_ is None else time_.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def parse_time(value: Any, name: str) -> datetime | None:
+    """Return an ISO 8601 time, taken as UTC if it names no offset; raise ValueError otherwise."""
+    if value is None:
+        return None
+    try:
+        time_ = datetime.fromisoformat(value)
+        return (time_ if time_.tzinfo else time_.replace(tzinfo=UTC)).astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"{name}: expected ISO 8601 such as 2030-01-31T12:00:00Z, got {shorten(value)}"
+        ) from None
 
 
 def parse_status(value: Any) -> str:
@@ -177,6 +217,18 @@ def parse_consumer(value: Any, name: str) -> str:
     return consumer
 
 
+def parse_started_at(value: Any, name: str) -> float:
+    """Return a time in seconds since 1970."""
+    if (time_ := parse_time(value, name)) is None:
+        raise ValueError(f"{name}: expected a time")
+    return time_.timestamp()
+
+
+def parse_word(value: Any, name: str) -> str:
+    """Return a short text, such as the name of a host."""
+    return parse_text(value, name, MAX_WORD_BYTES)
+
+
 REPORT_FIELDS: dict[str, Callable[[Any, str], Any]] = {  # the optional ones
     "result": parse_outcome,
     "error": parse_outcome,
@@ -186,7 +238,11 @@ REPORT_FIELDS: dict[str, Callable[[Any, str], Any]] = {  # the optional ones
     "holder": parse_consumer,
     "alone": parse_flag,
     "release": parse_seconds,
+    "startedAt": parse_started_at,
+    "seconds": parse_seconds,
+    "host": parse_word,
 }
+ATTRIBUTES = {name: name for name in REPORT_FIELDS} | {"startedAt": "started_at"}
 
 
 def parse_report(element: Any) -> Report:
@@ -201,7 +257,7 @@ def parse_report(element: Any) -> Report:
         raise ValueError(f"attempt: expected an integer, got {shorten(report.attempt)}")
     for name, value in element.items():
         if value is not None and name in REPORT_FIELDS:
-            setattr(report, name, REPORT_FIELDS[name](value, name))
+            setattr(report, ATTRIBUTES[name], REPORT_FIELDS[name](value, name))
     if report.status is None and report.attempt is None:
         raise ValueError("taskStatus: expected a status, or the attempt of a task in flight")
     return report

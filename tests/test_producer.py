@@ -27,7 +27,8 @@ def test_a_created_task_is_answered_whole_and_can_be_read(api: Stack) -> None:
     task = created.json()
     assert list(task) == [
         "taskId", "text", "taskStatus", "attempt", "result", "error",
-        "timeoutSeconds", "runAt", "createdAt", "sentAt", "finishedAt",
+        "timeoutSeconds", "runAt", "createdAt", "sentAt", "startedAt", "finishedAt",
+        "seconds", "host",
     ]  # fmt: skip
     assert (task["text"], task["taskStatus"], task["attempt"]) == ("любой текст", "pending", 1)
     assert task["createdAt"].endswith("Z")

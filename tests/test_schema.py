@@ -110,5 +110,7 @@ def test_two_upgrades_at_once_are_one(stack: Stack) -> None:
 
 @pytest.mark.pure
 def test_the_statements_of_the_indexes_are_found() -> None:
-    assert list(schema.INDEXES) == ["tasks_pending", "tasks_delayed", "tasks_sent"]
+    assert list(schema.INDEXES) == [
+        "tasks_pending", "tasks_delayed", "tasks_sent", "tasks_success", "tasks_error",
+    ]  # fmt: skip
     assert all(text.startswith("CREATE INDEX") for text in schema.INDEXES.values())

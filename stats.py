@@ -1,0 +1,273 @@
+"""What an operator wants to know of the whole service, read at most once a second for all who ask,
+with bounds that hold at any size of the table."""
+
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg2.errors
+
+import metrics
+import minutes
+import pool
+import process
+import task
+from dispatcher import Dispatcher
+
+log = logging.getLogger("stats")
+
+MAX_AGE_SECONDS = 1.0  # of what is told
+BUDGET_SECONDS = 0.24  # for all statements together
+MOST = 10_000  # counted exactly
+SILENT_SECONDS = 60  # a consumer that is silent for longer is gone
+NAMED = 20  # of a consumer's tasks
+REASONS = 10
+VARIABLE = re.compile(r"(?=[\d'\"])")  # where a text begins to name something
+STATUSES = ("pending", "delayed", "sent", "success", "error")
+
+COUNT = "SELECT count(*) FROM (SELECT FROM tasks WHERE {} LIMIT %(most)s) AS found"
+COUNTS = {
+    "pending": COUNT.format("status = 'pending' AND NOT delayed"),
+    "delayed": COUNT.format("delayed"),
+    "sent": COUNT.format("status = 'sent'"),
+    "success": COUNT.format("status = 'success'"),
+    "error": COUNT.format("status = 'error'"),
+}
+
+# Since when they may run. The first by their random pick are a random sample.
+SELECT_AGES = """
+SELECT
+    extract(epoch FROM now() - min(due_at))::float8,
+    percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM now() - due_at)::float8)
+FROM (
+    SELECT coalesce(run_at, created_at) AS due_at
+    FROM tasks
+    WHERE status = 'pending' AND NOT delayed
+    ORDER BY pick
+    LIMIT 1000
+) AS sample
+"""
+
+SELECT_PAUSE = "SELECT (SELECT since FROM pause)"
+
+SELECT_CONSUMERS = """
+SELECT id, host, version, concurrency, busy, started_at, seen_at,
+    extract(epoch FROM now() - seen_at)::float8,
+    jsonb_array_length(tasks),
+    jsonb_path_query_array(tasks, %(first)s::jsonpath)
+FROM consumers
+WHERE seen_at > now() - make_interval(secs => %(seconds)s)
+ORDER BY host, started_at
+LIMIT 1000
+"""
+
+SELECT_ERRORS = """
+SELECT reason, count(*), max(finished_at)
+FROM (
+    SELECT left(split_part(left(error, 400), E'\\n', 1), 100) AS reason, finished_at
+    FROM tasks
+    WHERE status = 'error'
+    ORDER BY finished_at DESC, id DESC
+    LIMIT 1000
+) AS last
+GROUP BY reason
+"""
+
+
+class Stats:
+    """The last answer, and who reads the next one."""
+
+    def __init__(self, dispatcher: Dispatcher, counted: metrics.Metrics, producer: str) -> None:
+        self.dispatcher = dispatcher
+        self.metrics = counted
+        self.producer = producer  # a UUID
+        self.connections = pool.Pool(1)
+        self.lock = threading.Lock()
+        self.tried_at = -math.inf  # of time.monotonic()
+        self.last: dict[str, Any] = {}
+        self.failure = ""
+
+    def read(self) -> dict[str, Any]:
+        """Return the answer of get-stats but for what depends on the caller. Raise Unavailable
+        without a database: at once, if somebody else has just tried."""
+        came = time.monotonic()
+        with self.lock:
+            if self.tried_at <= came - MAX_AGE_SECONDS:
+                self.failure = ""
+                try:
+                    self.last = self.put_together(self.connections.statement(self.read_parts))
+                except pool.Unavailable as error:
+                    self.failure = str(error)
+                self.tried_at = time.monotonic()
+            if self.failure:
+                raise pool.Unavailable(self.failure)
+            return self.last
+
+    def forget(self) -> None:
+        """Have the next call read everything anew."""
+        with self.lock:
+            self.tried_at = -math.inf
+
+    def read_parts(self, cursor: Any) -> dict[str, Any]:
+        """Read each part by a statement of its own; one that takes too long is None."""
+        readers: dict[str, Callable[[], Any]] = {
+            "paused_at": lambda: one(cursor, SELECT_PAUSE)[0],
+            "consumers": lambda: read_consumers(cursor),
+            "minutes": lambda: minutes.read(cursor, metrics.KEPT_MINUTES, self.producer),
+            "ages": lambda: one(cursor, SELECT_AGES),
+            "errors": lambda: read_errors(cursor),
+        }
+        for status, statement in COUNTS.items():
+            readers[status] = lambda statement=statement: one(cursor, statement)[0]  # type: ignore[misc]
+        parts: dict[str, Any] = {}
+        deadline = time.monotonic() + BUDGET_SECONDS
+        for name, read in readers.items():
+            left = max(int((deadline - time.monotonic()) * 1000), 1)
+            try:
+                cursor.execute(f"SET statement_timeout = {left}")
+                parts[name] = read()
+            except psycopg2.errors.QueryCanceled:
+                parts[name] = None
+                log.debug("%s was not read in %d ms", name, left)
+            except psycopg2.errors.LockNotAvailable:
+                parts[name] = None
+        cursor.execute("RESET statement_timeout")
+        return parts
+
+    def put_together(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Return what was read in the form of the API."""
+        now = time.time()
+        paused_at = parts["paused_at"]
+        ages = parts["ages"]
+        counted = parts["minutes"]
+        if counted is not None:
+            with self.metrics.lock:
+                for number, minute in self.metrics.minutes.items():
+                    counted[number].add(minute)
+        return {
+            "now": task.as_iso(datetime.now(UTC)),
+            "version": process.VERSION,
+            "paused": paused_at is not None,
+            "pausedAt": task.as_iso(paused_at),
+            "counts": {name: capped(parts[name]) for name in STATUSES},
+            "pendingAge": None if ages is None else {"oldest": ages[0], "median": ages[1]},
+            "windows": {
+                str(count): counted and minutes.window(counted, now, count) for count in (5, 60)
+            },
+            "minutes": counted and minutes.chart(counted, now, metrics.KEPT_MINUTES),
+            "queues": self.dispatcher.depths(),
+            "consumers": parts["consumers"],
+            "errors": parts["errors"],
+            "health": self.health(paused_at is not None),
+        }
+
+    def health(self, paused: bool) -> dict[str, str]:
+        """Return what works while the database does."""
+        return {
+            "database": "ok",
+            "broker": self.dispatcher.broker_state,
+            "dispatcher": self.dispatcher.state(paused),
+        }
+
+
+def one(cursor: Any, statement: str) -> tuple[Any, ...]:
+    """Return the only row of a statement."""
+    cursor.execute(statement, {"most": MOST + 1})
+    row: tuple[Any, ...] = cursor.fetchone()
+    return row
+
+
+def capped(count: int | None) -> int | str | None:
+    """Return a count, or that there are more than are counted."""
+    return f"{MOST}+" if count is not None and count > MOST else count
+
+
+def read_consumers(cursor: Any) -> list[dict[str, Any]]:
+    """Return the consumers that were heard of a while ago, and what they run."""
+    first = f"$[0 to {NAMED - 1}]"
+    cursor.execute(SELECT_CONSUMERS, {"seconds": SILENT_SECONDS, "first": first})
+    return [
+        {
+            "consumer": consumer,
+            "host": host,
+            "version": version,
+            "concurrency": concurrency,
+            "busy": busy,
+            "startedAt": task.as_iso(started_at),
+            "seenAt": task.as_iso(seen_at),
+            "silentSeconds": round(max(silence, 0.0), 3),
+            "inFlight": count,
+            "tasks": [
+                each | {"seconds": round(each["seconds"] + max(silence, 0.0), 3)} for each in tasks
+            ],
+        }
+        for (
+            consumer, host, version, concurrency, busy, started_at, seen_at, silence, count, tasks
+        ) in cursor
+    ]  # fmt: skip
+
+
+def read_errors(cursor: Any) -> list[dict[str, Any]]:
+    """Return the most frequent reasons of the last errors, each a prefix of their texts."""
+    cursor.execute(SELECT_ERRORS)
+    reasons = fold([(reason or "", count, latest) for reason, count, latest in cursor])
+    return [
+        {"error": reason, "count": count, "latest": task.as_iso(latest)}
+        for reason, count, latest in reasons[:REASONS]
+    ]
+
+
+def fold(reasons: list[tuple[str, int, Any]]) -> list[tuple[str, int, Any]]:
+    """Return reasons by frequency. If they are too many, those that differ from a number or a quote
+    on are one: texts often name what they are about."""
+    if len(reasons) > REASONS:
+        merged: dict[str, tuple[int, Any]] = {}
+        for reason, count, latest in reasons:
+            prefix = VARIABLE.split(reason, maxsplit=1)[0] or reason
+            known = merged.get(prefix, (0, latest))
+            merged[prefix] = known[0] + count, max(known[1], latest)
+        reasons = [(prefix, *values) for prefix, values in merged.items()]
+    return sorted(reasons, key=lambda each: -each[1])
+
+
+def render(stats: dict[str, Any], turned_at: float) -> list[str]:
+    """Return the gauges of the whole service in Prometheus' text format; turned_at: of the
+    dispatcher's last turn, in seconds since 1970."""
+    sample, family = metrics.sample, metrics.family
+    counts, ages, queues = stats["counts"], stats["pendingAge"] or {}, stats["queues"] or {}
+    consumers = stats["consumers"]
+    alive = [each for each in consumers or () if each["silentSeconds"] <= SILENT_SECONDS / 2]
+    current = [
+        sample("tasks_current", MOST + 1 if isinstance(count, str) else count, status=status)
+        for status, count in counts.items()
+        if count is not None
+    ]
+    gauges: dict[str, tuple[str, float | None]] = {
+        "tasks_oldest_pending_seconds": (
+            "Age of the oldest of a thousand pending tasks.",
+            None if stats["pendingAge"] is None else ages["oldest"] or 0,
+        ),
+        "tasks_consumers": ("Consumers.", None if consumers is None else len(alive)),
+        "tasks_workers": (
+            "Worker processes, at most.",
+            None if consumers is None else sum(each["concurrency"] for each in alive),
+        ),
+        "tasks_workers_busy": (
+            "Workers with a task.",
+            None if consumers is None else sum(each["busy"] for each in alive),
+        ),
+        "tasks_dispatch_paused": ("1 while dispatch is paused.", int(stats["paused"])),
+        "tasks_dispatcher_last_turn_timestamp_seconds": ("Of this producer.", turned_at),
+    }
+    lines = family("tasks_current", "gauge", "Tasks by status, 10001 for more than 10000.", current)
+    depths = [sample("tasks_broker_messages", depth, queue=name) for name, depth in queues.items()]
+    lines += family("tasks_broker_messages", "gauge", "Messages that wait in a queue.", depths)
+    for name, (help_, value) in gauges.items():
+        lines += family(name, "gauge", help_, [] if value is None else [sample(name, value)])
+    build = sample("tasks_build_info", 1, version=stats["version"])
+    return lines + family("tasks_build_info", "gauge", "Of this producer.", [build])
