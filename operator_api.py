@@ -1,4 +1,4 @@
-"""The operator's calls: lists, actions on many tasks, pause, statistics, metrics, and the console."""
+"""The operator's calls: lists, actions on many tasks, pause, statistics, metrics, the console."""
 
 import base64
 import functools
