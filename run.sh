@@ -202,7 +202,7 @@ up_native() {
 
 down() {
   if has_docker && [ -f .env ]; then
-    compose down
+    compose --profile observability down
   elif command -v docker >/dev/null && [ "$(id -u)" != 0 ] && ! docker info >/dev/null 2>&1; then
     fail 'the Docker engine lets only root in: use sudo bash run.sh down'
   fi

@@ -116,7 +116,7 @@ class Stats:
     def read_parts(self, cursor: Any) -> dict[str, Any]:
         """Read each part by a statement of its own; one that takes too long is None."""
         readers: dict[str, Callable[[], Any]] = {
-            "paused_at": lambda: one(cursor, SELECT_PAUSE)[0],
+            "pause": lambda: one(cursor, SELECT_PAUSE),
             "consumers": lambda: read_consumers(cursor),
             "minutes": lambda: minutes.read(cursor, metrics.KEPT_MINUTES, self.producer),
             "ages": lambda: one(cursor, SELECT_AGES),
@@ -142,7 +142,10 @@ class Stats:
     def put_together(self, parts: dict[str, Any]) -> dict[str, Any]:
         """Return what was read in the form of the API."""
         now = time.time()
-        paused_at = parts["paused_at"]
+        paused, paused_at = None, None
+        if parts["pause"] is not None:
+            [paused_at] = parts["pause"]
+            paused = paused_at is not None
         ages = parts["ages"]
         counted = parts["minutes"]
         if counted is not None:
@@ -152,7 +155,7 @@ class Stats:
         return {
             "now": task.as_iso(datetime.now(UTC)),
             "version": process.VERSION,
-            "paused": paused_at is not None,
+            "paused": paused,
             "pausedAt": task.as_iso(paused_at),
             "counts": {name: capped(parts[name]) for name in STATUSES},
             "pendingAge": None if ages is None else {"oldest": ages[0], "median": ages[1]},
@@ -163,7 +166,7 @@ class Stats:
             "queues": self.dispatcher.depths(),
             "consumers": parts["consumers"],
             "errors": parts["errors"],
-            "health": self.health(paused_at is not None),
+            "health": self.health(bool(paused)),
         }
 
     def health(self, paused: bool) -> dict[str, str]:
@@ -261,7 +264,7 @@ def render(stats: dict[str, Any], turned_at: float) -> list[str]:
             "Workers with a task.",
             None if consumers is None else sum(each["busy"] for each in alive),
         ),
-        "tasks_dispatch_paused": ("1 while dispatch is paused.", int(stats["paused"])),
+        "tasks_dispatch_paused": ("1 while dispatch is paused.", stats["paused"]),
         "tasks_dispatcher_last_turn_timestamp_seconds": ("Of this producer.", turned_at),
     }
     lines = family("tasks_current", "gauge", "Tasks by status, 10001 for more than 10000.", current)

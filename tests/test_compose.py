@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from native import servers
-from tests import containers
+from tests import containers, test_observability
 from tests.stack import until
 
 
@@ -123,6 +123,17 @@ if containers.HAS_DOCKER or "CI" in os.environ:  # there its absence is a failur
     def test_only_the_producer_is_published_and_only_on_loopback(compose: Compose) -> None:
         ports = compose.compose("ps", "--format", "{{.Ports}}").split()
         assert [port for port in ports if "->" in port] == [f"127.0.0.1:{compose.port}->8080/tcp"]
+
+    def test_the_broker_serves_the_metrics_of_the_dashboard(compose: Compose) -> None:
+        script = (
+            "import urllib.request as u; base = 'http://rabbit:15692/metrics'\n"
+            "for end in ('', '/detailed?family=queue_coarse_metrics'):\n"
+            "    print(u.build_opener(u.ProxyHandler({})).open(base + end, timeout=10)"
+            ".read().decode())"
+        )
+        text = compose.compose("exec", "-T", "producer", "python", "-c", script)
+        assert test_observability.served(text) >= test_observability.OF_RABBITMQ
+        assert 'rabbitmq_detailed_queue_messages_ready{vhost="/",queue="tasks"}' in text
 
     def test_a_restart_under_load_loses_nothing(compose: Compose) -> None:
         ids = compose.create(300)
