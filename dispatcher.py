@@ -13,7 +13,7 @@ import psycopg2.errors
 from pika.adapters.blocking_connection import BlockingChannel
 
 import broker
-import database
+import claims
 import pool
 import process
 import task
@@ -248,9 +248,9 @@ class Publisher:
         with self.session, self.session.cursor() as cursor:  # COMMIT, or ROLLBACK on any exception
             if ids is None:
                 span = self.dispatcher.arrivals.span
-                claimed = database.claim_random_tasks(cursor, limit, BATCH_BYTES, span)
+                claimed = claims.claim_random_tasks(cursor, limit, BATCH_BYTES, span)
             else:
-                claimed = database.claim_tasks_by_id(cursor, ids, BATCH_BYTES)
+                claimed = claims.claim_tasks_by_id(cursor, ids, BATCH_BYTES)
             size = self.publish(claimed) if claimed else 0
         if not claimed:
             return False
@@ -260,7 +260,7 @@ class Publisher:
         log.info("dispatched %d tasks in %.3f s", len(claimed), time.monotonic() - began)
         return size >= BATCH_BYTES or (ids is None and len(claimed) > limit / 2)
 
-    def publish(self, claimed: list[database.Claimed]) -> int:
+    def publish(self, claimed: list[claims.Claimed]) -> int:
         """Publish tasks and commit at the broker; return their bytes."""
         messages = [(each.id, task.Message(*each[:-1]).as_body(), each.suspect) for each in claimed]
         broker.publish(self.connection, self.channel, messages, EXPIRATION_MS)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import stats
 import task
 import task_list
 from dispatcher import Arrivals, Dispatcher
+from rules import Row
 
 log = logging.getLogger("operator")
 
@@ -58,11 +60,17 @@ class OperatorApi:
     """The calls and what they need of the producer."""
 
     def __init__(
-        self, dispatcher: Dispatcher, arrivals: Arrivals, counted: metrics.Metrics, producer: str
+        self,
+        dispatcher: Dispatcher,
+        arrivals: Arrivals,
+        counted: metrics.Metrics,
+        producer: str,
+        on_changed: Callable[[list[Row]], None],
     ) -> None:
         self.dispatcher = dispatcher
         self.arrivals = arrivals
         self.metrics = counted
+        self.on_changed = on_changed
         self.stats = stats.Stats(dispatcher, counted, producer)
         self.lists = pool.Pool(LIST_CONNECTIONS)
         self.actions = pool.Pool(ACTION_CONNECTIONS)
@@ -126,11 +134,6 @@ class OperatorApi:
             *(action.name, count, what, who, answer.matched, answer.changed),
         )
         return api.answer(answer._asdict())
-
-    def on_changed(self, rows: list[Any]) -> None:
-        """Count what an action has changed, and let the dispatcher know."""
-        self.metrics.note_changed(rows)
-        self.arrivals.add([row.id for row in rows if row.status == "pending" and not row.delayed])
 
     def set_pause(self, statement: str) -> bytes:
         """Pause the dispatch of all producers, or let it go on."""

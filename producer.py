@@ -8,27 +8,24 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable
 from typing import Any
 
 import bottle
-import psycopg2.errors
 
 import access
 import api
 import database
 import http_server
-import leases
 import metrics
 import pool
 import process
-import rules
 import schema
 import task
 from dispatcher import THREADS, Arrivals, Dispatcher
 from group_commit import GroupCommit
 from housekeeper import Housekeeper
 from operator_api import OperatorApi
+from report_api import ReportApi
 from waiters import Full, Waiters
 
 log = logging.getLogger("producer")
@@ -54,7 +51,9 @@ producer_id = str(uuid.uuid4())
 counted = metrics.Metrics()
 # The others are for who does not wait.
 waiters = Waiters(max(1, HTTP_CONNECTIONS // 2), stop)
-OperatorApi(dispatcher, arrivals, counted, producer_id).add_routes(app)
+reports = ReportApi(connections, arrivals, counted)
+reports.add_routes(app)
+OperatorApi(dispatcher, arrivals, counted, producer_id, reports.note_changed).add_routes(app)
 
 
 def parse_new_task(element: Any) -> database.NewTask:
@@ -123,23 +122,15 @@ def get_task_data() -> bytes:
         seconds = parse_wait(fields.get("wait"))
     except ValueError as error:
         api.refuse(400, str(error))
-    found = select_task(task_id)
+    found = reports.select_task(task_id)
     if seconds and found["taskStatus"] not in task.ENDED:
         try:
             waiters.wait(task_id, seconds, bottle.request.environ["tasks.is_gone"])
         except Full:
             reason = f"{waiters.most} clients wait already, expected fewer"
             raise bottle.HTTPError(503, reason, headers={"Retry-After": "1"}) from None
-        found = select_task(task_id)
+        found = reports.select_task(task_id)
     return api.answer(found)
-
-
-def select_task(task_id: str) -> dict[str, Any]:
-    """Return a task with its history, or end the request with a 404."""
-    tasks = connections.statement(lambda cursor: database.select_tasks(cursor, [task_id]))
-    if task_id not in tasks:
-        api.refuse(404, f"no task has the id {task_id}")
-    return tasks[task_id]
 
 
 def parse_wait(value: Any) -> float:
@@ -152,107 +143,6 @@ def parse_wait(value: Any) -> float:
         expected = f"expected seconds from 0 to {MAX_WAIT_SECONDS}"
         raise ValueError(f"wait: {expected}, got {task.shorten(value)}")
     return seconds
-
-
-@app.put("/api/v1/update-task-status")
-def update_task_status() -> bytes:
-    """Apply a report and answer the task, or an array of reports and answer which were refused."""
-    body = api.read_update()
-    if isinstance(body, list):
-        return update_many(body)
-    try:
-        report = task.parse_report(body)
-    except ValueError as error:
-        api.refuse(400, str(error))
-    [verdict] = apply([report])
-    if verdict.code != 200:
-        api.refuse(verdict.code, verdict.reason)
-    return api.answer(select_task(report.id))
-
-
-def update_many(elements: list[Any]) -> bytes:
-    """Apply each report for itself: one that is wrong is rejected, the others count. Of the starts
-    that were asked for, `alone` has those that may run beside no other of their kind. With
-    `?skipLocked=true`, `locked` has those that are to be repeated: somebody else holds the row."""
-    if len(elements) > MAX_ELEMENTS:
-        api.refuse(413, f"expected at most {MAX_ELEMENTS} reports, got {len(elements)}")
-    reports: dict[int, task.Report] = {}
-    reasons: dict[int, str] = {}
-    for index, element in enumerate(elements):
-        try:
-            reports[index] = task.parse_report(element)
-        except ValueError as error:
-            reasons[index] = str(error)
-    query = api.read_form(bottle.request.query_string)
-    skip_locked = query.get("skipLocked") == "true"
-    if "host" in query:
-        note_host(reports.values(), query["host"])
-    verdicts = dict(zip(reports, apply(list(reports.values()), skip_locked), strict=True))
-    lists: dict[str, list[int]] = {
-        name: [index for index, verdict in verdicts.items() if verdict == of]
-        for name, of in (("alone", rules.ALONE), ("locked", rules.LOCKED))
-    }
-    for index, verdict in verdicts.items():
-        if verdict.code not in (200, rules.LOCKED.code):
-            reasons[index] = verdict.reason
-    rejected = [
-        {"index": index, "taskId": id_of(elements[index]), "reason": reasons[index]}
-        for index in sorted(reasons)
-    ]
-    updated = len(elements) - len(rejected) - len(lists["locked"])
-    counts: dict[str, Any] = {"updated": updated, "rejected": rejected}
-    return api.answer(counts | {name: value for name, value in lists.items() if value})
-
-
-def note_host(reports: Iterable[task.Report], host: str) -> None:
-    """Note where the tasks ran, for reports that do not say it."""
-    try:
-        host = task.parse_word(host, "host")
-    except ValueError as error:
-        api.refuse(400, str(error))
-    for report in reports:
-        report.host = report.host or host
-
-
-def apply(reports: list[task.Report], skip_locked: bool = False) -> list[rules.Verdict]:
-    """Apply reports in one transaction; return a verdict for each. With skip_locked, a row that is
-    locked for long holds up no other."""
-    # without an attempt, a second try after a COMMIT of unknown outcome could undo a newer change
-    fenced = all(report.attempt is not None for report in reports)
-    try:
-        verdicts, changed = connections.transaction(
-            lambda cursor: database.apply_reports(cursor, reports), fenced
-        )
-    except pool.Unavailable as error:
-        if not (skip_locked and isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)):
-            raise
-        verdicts, changed = connections.transaction(
-            lambda cursor: database.apply_reports(cursor, reports, skip_locked=True), fenced
-        )
-    counted.note_changed(changed)
-    arrivals.add([row.id for row in changed if row.status == "pending" and not row.delayed])
-    return verdicts
-
-
-def id_of(element: Any) -> Any:
-    """Return what a rejected element called its id, as far as it had one."""
-    return element.get("taskId") if isinstance(element, dict) else None
-
-
-@app.put("/api/v1/consumer-heartbeat")
-def consumer_heartbeat() -> bytes:
-    """Note what a consumer runs; answer what its rows hold for it, and what it is to stop."""
-    try:
-        heartbeat = leases.parse_heartbeat(api.read_json())
-    except ValueError as error:
-        api.refuse(400, str(error))
-    # The leases first and by themselves: the note must not keep them from being renewed.
-    answer = connections.transaction(lambda cursor: leases.answer_heartbeat(cursor, heartbeat))
-    try:
-        connections.transaction(lambda cursor: leases.note_consumer(cursor, heartbeat))
-    except pool.Unavailable as error:
-        log.warning("heartbeat of %s not noted: %s", heartbeat.host, process.printable(error))
-    return api.answer(answer)
 
 
 @app.get("/healthz")

@@ -10,7 +10,7 @@ import pika.exceptions
 import psycopg2
 import pytest
 
-import database
+import claims
 import dispatcher
 from tests.stack import Stack, until
 
@@ -48,7 +48,7 @@ def test_every_batch_is_a_sample_of_all_that_waits(
     with contextlib.closing(psycopg2.connect(stack.database_url)) as session:
         cursor = session.cursor()
         while len(picks) < count // 2:
-            claimed = database.claim_random_tasks(cursor, limit, dispatcher.BATCH_BYTES)
+            claimed = claims.claim_random_tasks(cursor, limit, dispatcher.BATCH_BYTES)
             assert len(claimed) <= limit
             assert sum(len(text) for _, text, *_ in claimed) < dispatcher.BATCH_BYTES + size
             ids = [task_id for task_id, *_ in claimed]
