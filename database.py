@@ -2,7 +2,7 @@
 and every function runs inside the transaction of the cursor that it gets."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -85,6 +85,26 @@ UNSUCCESSFUL = APPEND_TO_HISTORY.format(
 )
 HISTORY_FIELDS = ("attempt", "outcome", "error", "consumer", "startedAt", "seconds", "at")
 
+# Most reports are this. Arrays of columns cost half of what objects do.
+UPDATE_SUCCESSES = """
+UPDATE tasks
+SET status = 'success',
+    delayed = false,
+    result = new.result,
+    error = NULL,
+    holder = NULL,
+    lease_until = NULL,
+    finished_at = now(),
+    host = coalesce(new.host, tasks.host),
+    started_at = coalesce(to_timestamp(new.started_at), tasks.started_at),
+    seconds = coalesce(new.seconds, tasks.seconds)
+FROM unnest(
+    %(ids)s::uuid[], %(results)s::text[], %(started_ats)s::float8[], %(seconds)s::float8[],
+    %(hosts)s::text[]
+) AS new (id, result, started_at, seconds, host)
+WHERE tasks.id = new.id
+"""
+
 UPDATE_TASKS = f"""
 UPDATE tasks
 SET status = new.status,
@@ -165,6 +185,23 @@ class NewTask(NamedTuple):
     run_at: datetime | None
 
 
+def array(values: Collection[str | float | None]) -> str:
+    """Return an array as PostgreSQL reads it from one string, a third of the price of a list of
+    psycopg2. One without any values is empty: unnest() fills it up with NULL."""
+    if not any(value is not None for value in values):
+        return "{}"
+    return "{" + ",".join(map(element, values)) + "}"
+
+
+def element(value: str | float | None) -> str:
+    """Return an element of an array."""
+    if value is None:
+        return "NULL"
+    if type(value) is str:
+        return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+    return repr(value)
+
+
 def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
     """Return a row of TASK_COLUMNS as the JSON object of the API."""
     task_id, text, status, attempt, result, error, timeout, *times, seconds, host = row[:14]
@@ -221,7 +258,7 @@ def apply_reports(
 ) -> tuple[list[rules.Verdict], list[rules.Row]]:
     """Lock the rows, judge every report in order, write what changed; return the verdicts, and the
     rows that changed. With skip_locked, wait for no row."""
-    ids = {"ids": list({report.id for report in reports})}
+    ids = {"ids": array({report.id for report in reports})}
     cursor.execute(LOCK_TASKS + SKIP_LOCKED * skip_locked, ids)
     rows = {row[0]: rules.Row(*row) for row in cursor}
     locked: set[str] = set()
@@ -237,9 +274,24 @@ def apply_reports(
         for report in reports
     ]
     changed = [row for row in rows.values() if row.changed]
-    if changed:
-        cursor.execute(UPDATE_TASKS, {"rows": json.dumps([row.as_dict() for row in changed])})
+    successes = [row for row in changed if row.status == "success"]
+    if successes:
+        cursor.execute(UPDATE_SUCCESSES, columns_of(successes))
+    others = [row.as_dict() for row in changed if row.status != "success"]
+    if others:
+        cursor.execute(UPDATE_TASKS, {"rows": json.dumps(others)})
     return verdicts, changed
+
+
+def columns_of(successes: list[rules.Row]) -> dict[str, str]:
+    """Return what UPDATE_SUCCESSES needs."""
+    return {
+        "ids": array([row.id for row in successes]),
+        "results": array([row.result for row in successes]),
+        "started_ats": array([row.started_at for row in successes]),
+        "seconds": array([row.seconds for row in successes]),
+        "hosts": array([row.host for row in successes]),
+    }
 
 
 def select_open(cursor: Any, ids: list[str]) -> set[str]:

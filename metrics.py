@@ -2,8 +2,8 @@
 charts. Every thread may call it."""
 
 import bisect
-import collections
 import itertools
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -38,23 +38,28 @@ class Histogram:
         self.total += seconds
 
 
+def no_counts() -> list[int]:
+    """Return a zero for each of BOUNDS, and for what is beyond."""
+    return [0] * (len(BOUNDS) + 1)
+
+
 @dataclass(slots=True)
 class Minute:
-    """What one producer has counted in a minute; waits and runs by their upper bounds."""
+    """What one producer has counted in a minute; waits and runs by the index of their bound."""
 
     created: int = 0
     success: int = 0
     error: int = 0
-    waits: collections.Counter[float] = field(default_factory=collections.Counter)
-    runs: collections.Counter[float] = field(default_factory=collections.Counter)
+    waits: list[int] = field(default_factory=no_counts)
+    runs: list[int] = field(default_factory=no_counts)
 
     def add(self, other: "Minute") -> None:
         """Add what another producer, or another minute, has counted."""
         self.created += other.created
         self.success += other.success
         self.error += other.error
-        self.waits += other.waits
-        self.runs += other.runs
+        self.waits = list(map(operator.add, self.waits, other.waits))
+        self.runs = list(map(operator.add, self.runs, other.runs))
 
 
 class Metrics:
@@ -107,14 +112,14 @@ class Metrics:
 
     def note_run(self, minute: Minute, wait: float, run: float) -> None:
         """Count how long a task has waited and run, both in seconds. The lock is held."""
-        for histogram, counter, seconds in (
-            (self.waits, minute.waits, wait),
-            (self.runs, minute.runs, run),
-        ):
-            index = bisect.bisect_left(BOUNDS, seconds)
-            histogram.counts[index] += 1
-            histogram.total += seconds
-            counter[BOUNDS[min(index, len(BOUNDS) - 1)]] += 1
+        index = bisect.bisect_left(BOUNDS, wait)
+        self.waits.counts[index] += 1
+        self.waits.total += wait
+        minute.waits[index] += 1
+        index = bisect.bisect_left(BOUNDS, run)
+        self.runs.counts[index] += 1
+        self.runs.total += run
+        minute.runs[index] += 1
 
     def note_rescued(self, count: int) -> None:
         """Count rescued tasks."""
@@ -166,19 +171,17 @@ class Requests:
             self.metrics.note_request(route.rule if route else "none", code, seconds)
 
 
-def quantile(counts: dict[float, int], share: float) -> float | None:
+def quantile(counts: list[int], share: float) -> float | None:
     """Return about the seconds that this share of the tasks did not exceed; None without any."""
-    total = sum(counts.values())
+    total = sum(counts)
     if not total:
         return None
     wanted, below = share * total, 0
-    for bound in sorted(counts):
-        if below + counts[bound] >= wanted:
-            index = bisect.bisect_left(BOUNDS, bound)
-            low = BOUNDS[index - 1] if index else 0.0
-            return low + (bound - low) * (wanted - below) / counts[bound]
-        below += counts[bound]
-    return max(counts)
+    for bound, low, count in zip(BOUNDS, [0.0, *BOUNDS], counts, strict=False):
+        if count and below + count >= wanted:
+            return low + (bound - low) * (wanted - below) / count
+        below += count
+    return BOUNDS[-1]
 
 
 def escape(value: str) -> str:

@@ -1,12 +1,13 @@
 """The table of minutes: what every producer has counted, for charts without Prometheus. Only the
 producer imports this, and every function runs inside the transaction of the cursor that it gets."""
 
+import bisect
 import collections
 import json
 from datetime import UTC, datetime
 from typing import Any
 
-from metrics import BOUNDS, Minute, quantile
+from metrics import BOUNDS, Minute, no_counts, quantile
 from task import as_iso
 
 UPSERT_MINUTES = """
@@ -40,8 +41,8 @@ def write(cursor: Any, producer: str, minutes: dict[int, Minute]) -> None:
             "created": minute.created,
             "success": minute.success,
             "error": minute.error,
-            "waits": {f"{bound:g}": count for bound, count in minute.waits.copy().items()},
-            "runs": {f"{bound:g}": count for bound, count in minute.runs.copy().items()},
+            "waits": by_bound(minute.waits),
+            "runs": by_bound(minute.runs),
         }
         for number, minute in minutes.items()
     ]
@@ -58,14 +59,23 @@ def read(cursor: Any, count: int, but: str) -> dict[int, Minute]:
     cursor.execute(SELECT_MINUTES, {"count": count, "producer": but})
     minutes: dict[int, Minute] = collections.defaultdict(Minute)
     for time, created, success, error, waits, runs in cursor:
-        minute = Minute(created, success, error, counter(waits), counter(runs))
+        minute = Minute(created, success, error, by_index(waits), by_index(runs))
         minutes[int(time.timestamp() // 60)].add(minute)
     return minutes
 
 
-def counter(counts: dict[str, int]) -> collections.Counter[float]:
-    """Return the counts of a row by their bounds."""
-    return collections.Counter({min(float(bound), BOUNDS[-1]): n for bound, n in counts.items()})
+def by_bound(counts: list[int]) -> dict[str, int]:
+    """Return counts as a row has them: by their bounds, so that others are understood too."""
+    bounds = [*map(str, BOUNDS), "inf"]
+    return {bound: count for bound, count in zip(bounds, counts, strict=True) if count}
+
+
+def by_index(counts: dict[str, int]) -> list[int]:
+    """Return the counts of a row as a list."""
+    indexed = no_counts()
+    for bound, count in counts.items():
+        indexed[bisect.bisect_left(BOUNDS, float(bound))] += count
+    return indexed
 
 
 def window(minutes: dict[int, Minute], now: float, count: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import process
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_OUTCOME_BYTES = 64 * 1024  # of a result or an error text
 MAX_TIMEOUT_SECONDS = 10**7
+MAX_TIME = 253_402_300_800  # the year 10000 in seconds since 1970
 MAX_WORD_BYTES = 255  # of a host, a version, a state
 MAX_NAMED = 10_000  # tasks in one heartbeat
 HOLD_SECONDS = min(30, process.SENT_TIMEOUT_SECONDS / 4)  # a run of so long is held by its row
@@ -107,7 +108,7 @@ class Report:
         if self.result is not None:
             fields["result"] = self.result
         if self.started_at is not None:
-            fields["startedAt"] = as_iso(datetime.fromtimestamp(self.started_at, UTC))
+            fields["startedAt"] = self.started_at
             fields["seconds"] = self.seconds
         if self.status != "success":  # which says no more, and is the most frequent by far
             for name in REPORT_FIELDS.keys() - fields.keys() - {"startedAt"}:
@@ -218,7 +219,9 @@ def parse_consumer(value: Any, name: str) -> str:
 
 
 def parse_started_at(value: Any, name: str) -> float:
-    """Return a time in seconds since 1970."""
+    """Return a time, ISO 8601 or in seconds since 1970, as the latter; raise ValueError."""
+    if type(value) in (int, float) and 0 <= value < MAX_TIME:
+        return float(value)
     if (time_ := parse_time(value, name)) is None:
         raise ValueError(f"{name}: expected a time")
     return time_.timestamp()
