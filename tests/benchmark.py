@@ -26,7 +26,7 @@ from typing import Any
 import psycopg2
 
 from native import servers
-from tests import load, worker_parts
+from tests import load, view_parts, worker_parts
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
@@ -224,8 +224,9 @@ PARTS = {
     "processors": worker_parts.processors,
     "memory": worker_parts.memory,
     "soak": worker_parts.soak,
+    "views": view_parts.views,
 }
-LONG = ("soak",)  # only when asked for
+LONG = ("soak", "views")  # only when asked for
 ALONE = ("pipe",)  # has nothing of the project
 
 
