@@ -20,6 +20,14 @@ READ_METHODS = ("GET", "HEAD")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
+def check_tokens() -> None:
+    """Raise ValueError if the tokens that are set cannot be meant."""
+    if process.READ_TOKEN and process.READ_TOKEN == process.API_TOKEN:
+        raise ValueError("expected another token than API_TOKEN")
+    if process.READ_TOKEN and not process.API_TOKEN:
+        raise ValueError("expected API_TOKEN too: without it everybody may write")
+
+
 def authorize(environ: dict[str, Any]) -> Refused | None:
     """Return why a request is refused, None if it is let in."""
     path = "/" + environ["PATH_INFO"].lstrip("/")  # as Bottle sees it

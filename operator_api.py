@@ -31,6 +31,7 @@ CONSOLE = Path(__file__).with_name("console.html").read_bytes()
 DEFAULT_LIMIT, MAX_LIMIT = 50, 1000
 # Lists and actions have connections of their own: they crowd nobody but each other.
 LIST_CONNECTIONS, ACTION_CONNECTIONS = 3, 2
+LIST_OPTIONS = "-c statement_timeout=2000"
 
 PAUSE = "INSERT INTO pause DEFAULT VALUES ON CONFLICT DO NOTHING"
 RESUME = "DELETE FROM pause"
@@ -72,7 +73,7 @@ class OperatorApi:
         self.metrics = counted
         self.on_changed = on_changed
         self.stats = stats.Stats(dispatcher, counted, producer)
-        self.lists = pool.Pool(LIST_CONNECTIONS)
+        self.lists = pool.Pool(LIST_CONNECTIONS, LIST_OPTIONS)
         self.actions = pool.Pool(ACTION_CONNECTIONS)
 
     def add_routes(self, app: bottle.Bottle) -> None:

@@ -199,6 +199,11 @@ def main() -> None:
     process.start_logging()
     process.stop_on_signals(stop)
     try:
+        access.check_tokens()
+    except ValueError as error:
+        print(f"READ_TOKEN is not valid: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
         measured = metrics.Requests(app, counted)
         server = http_server.Server(
             HTTP_HOST, HTTP_PORT, measured, access.authorize, HTTP_CONNECTIONS

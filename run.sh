@@ -116,6 +116,8 @@ up_docker() {
   fi
   cat <<TEXT
 
+The console: $address/
+
 The task service runs at $address.
 
   $curl -X POST $address/api/v1/create-task -d '{"text": "any text"}'

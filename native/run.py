@@ -55,6 +55,7 @@ class Project:
             "DATABASE_URL": postgres.url,
             "RABBITMQ_URL": rabbit.url,
             "PRODUCER_URL": self.address,
+            "ALLOWED_HOSTS": f"{self.host},{self.env.get('ALLOWED_HOSTS', '')}",
         }
         services = [
             Service(f"{role}.py", env, self.run / f"{name}.log")
@@ -132,7 +133,8 @@ class Project:
         if self.env.get("API_TOKEN"):
             curl += ' -H "Authorization: Bearer $API_TOKEN"'
         print(
-            f"\nThe task service runs at {self.address}, its logs and data are in {self.run}.\n\n"
+            f"\nThe console: {self.address}/\n\n"
+            f"The task service runs at {self.address}, its logs and data are in {self.run}.\n\n"
             f'  {curl} -X POST {api}/create-task -d \'{{"text": "any text"}}\'\n'
             f"  {curl} '{api}/get-task-data?taskId=<the taskId of the answer>'\n\n"
             "Stop it with Ctrl-C, or with `sudo bash run.sh down` from another terminal.",

@@ -428,6 +428,14 @@ def test_a_token_for_reading_reads_and_does_nothing_else(stack: Stack) -> None:
     assert requests.get(stack.url + "/healthz").status_code == 200
 
 
+@pytest.mark.parametrize("tokens", [{}, {"API_TOKEN": "some"}])
+def test_a_token_for_reading_alone_is_refused_at_start(stack: Stack, tokens: dict) -> None:
+    producer = stack.start("producer", READ_TOKEN="some", **tokens)
+    until(lambda: producer.poll() is not None, what="the producer ends")
+    assert producer.poll() == 2
+    assert "READ_TOKEN is not valid: expected" in producer.log.read_text()
+
+
 def test_pages_of_other_sites_are_refused(stack: Stack) -> None:
     stack.producer(ALLOWED_HOSTS="tasks.example, producer")
     host = f"127.0.0.1:{stack.port}"
