@@ -25,11 +25,12 @@ EXPECTED = '{"taskIds": [...]} or {"status", "error", "before"}, not empty'
 FIELDS = ("taskIds", "status", "error", "before", "dryRun", "cursor")
 
 # By id alone: stale statistics could make another index look better. What is told is of the version
-# that is locked. What somebody else has locked is left out, so that nobody waits.
+# that is locked; what somebody else has locked is left out.
 SELECT_MEANT = """
 SELECT id,
     ({condition})
-        AND (%(error)s IS NULL OR left(error, char_length(%(error)s)) IS NOT DISTINCT FROM %(error)s)
+        AND (%(error)s IS NULL
+            OR left(error, char_length(%(error)s)) IS NOT DISTINCT FROM %(error)s)
         AND {time} < %(to)s
 FROM tasks
 WHERE id = ANY(%(ids)s::uuid[])
