@@ -192,6 +192,14 @@ prepare_native() {
   fi
 }
 
+# The console's tests drive a real browser. Ubuntu has it as a snap only: there they say what is missing.
+prepare_browser() {
+  local missing=()
+  command -v chromium >/dev/null || missing+=(chromium)
+  command -v chromedriver >/dev/null || missing+=(chromium-driver)
+  if apt-cache show chromium-driver >/dev/null 2>&1; then install_packages "${missing[@]}"; fi
+}
+
 up_native() {
   HTTP_PORT=$(http_port)
   export HTTP_PORT
@@ -231,6 +239,7 @@ main() {
     down) down ;;
     test)
       prepare_native venv-test requirements.txt requirements-test.txt
+      prepare_browser
       # Everything: mostly waiting, so side by side; each process has servers of its own.
       [ $# -gt 1 ] || set -- test --numprocesses=3
       exec .run/venv-test/bin/python -m pytest "${@:2}"

@@ -3,6 +3,7 @@
 import mmap
 import os
 import pathlib
+import random
 import signal
 import struct
 import time
@@ -92,6 +93,19 @@ def count(text: str) -> None:
             counts = mmap.mmap(file.fileno(), 8)
     counted += 1
     struct.pack_into("q", counts, 0, counted)
+
+
+def shop(text: str) -> str:
+    """Be as busy as a shop, where some orders fail and some hang: for the README's picture."""
+    time.sleep(random.lognormvariate(-1.5, 0.6) if "hang" not in text else 10**6)
+    chance = random.random()
+    if chance < 0.03:
+        raise KeyError("price")
+    if chance < 0.045:
+        raise TimeoutError("no answer from payments.internal within 30 s")
+    if chance < 0.05:
+        raise ValueError("address: expected a postcode")
+    return "shipped"
 
 
 counted = 0

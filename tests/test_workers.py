@@ -370,8 +370,8 @@ def test_what_a_task_prints_is_in_the_log_with_its_id(stack: Stack, tmp_path: pa
 
 
 def example(language: str) -> str:
-    """Return the README's worker in a language."""
-    readme = (servers.HERE / "README.md").read_text()
+    """Return the worker of docs/workers.md in a language."""
+    readme = (servers.HERE / "docs/workers.md").read_text()
     return readme.partition(f"```{language}\n")[2].partition("```")[0]
 
 
