@@ -197,7 +197,7 @@ prepare_browser() {
   local missing=()
   command -v chromium >/dev/null || missing+=(chromium)
   command -v chromedriver >/dev/null || missing+=(chromium-driver)
-  if apt-cache show chromium-driver >/dev/null 2>&1; then install_packages "${missing[@]}"; fi
+  if grep -qs '^ID=debian' /etc/os-release; then install_packages "${missing[@]}"; fi
 }
 
 up_native() {
