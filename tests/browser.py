@@ -26,6 +26,7 @@ STOP_SECONDS = 5.0
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element, from the standard
 SWITCHES = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu")
 KEYS = {"Backspace": "\ue003", "Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c"}
+HAS_BROWSER = all(shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
 class WebDriverError(Exception):
