@@ -59,12 +59,13 @@ class Request(NamedTuple):
     place: task_list.Place | None
     dry_run: bool
 
-    def cursor(self, last_id: str) -> str:
+    def cursor(self, action: Action, last_id: str) -> str:
         """Return where the next call goes on."""
         if self.ids:
             return last_id
         filter_ = self.filters[0]
-        return task_list.encode(filter_, self.place or task_list.beginning(filter_, True))
+        place = self.place or task_list.beginning(filter_, True)
+        return task_list.encode(filter_, place, action.name)
 
 
 class Answer(NamedTuple):
@@ -82,7 +83,7 @@ def parse(body: Any, action: Action, now: datetime) -> Request:
         raise ValueError(f"expected {EXPECTED}, got {task.shorten(body)}")
     if unknown := body.keys() - set(FIELDS):
         raise ValueError(f"expected only {', '.join(FIELDS)}, got {task.shorten(min(unknown))}")
-    given = {name: value for name, value in body.items() if value is not None}
+    given = {name: value for name, value in body.items() if value not in (None, "")}
     dry_run = task.parse_flag(given.get("dryRun", False), "dryRun")
     is_filter = bool(given.keys() & {"status", "error", "before"})
     if "taskIds" in given:
@@ -114,10 +115,15 @@ def parse_ids(value: Any) -> list[str]:
 def parse_cursor(
     fields: dict[str, Any], action: Action
 ) -> tuple[list[task_list.Filter], task_list.Place]:
-    """Return the filters that are left, and where to go on in the first."""
-    filter_, place = task_list.decode(fields["cursor"])
-    if filter_.status not in action.views:
-        raise ValueError(f"cursor: expected the `next` of {action.name}")
+    """Return the filters that are left, and where to go on in the first. What else is given has to
+    be what the cursor was made with."""
+    filter_, place = task_list.decode(fields["cursor"], action.name)
+    before = task.parse_time(fields.get("before"), "before") or filter_.to
+    given = task_list.parse_filter({"status": filter_.status} | fields, action.views)
+    if given[:2] != (filter_.status, filter_.error if "error" in fields else None):
+        raise ValueError("cursor: expected status and error as in the call that it is from")
+    if before < filter_.to:
+        raise ValueError("cursor: expected before as in the call that it is from")
     rest = action.views[action.views.index(filter_.status) + 1 :]
     others = () if "status" in fields else rest
     return [filter_, *(filter_._replace(status=each) for each in others)], place
@@ -132,21 +138,21 @@ def run(
     """Change what is meant, or only count it, for MAX_SECONDS at most. on_changed gets the rows of
     each chunk. Raise Unavailable if nothing could be done."""
     deadline = time.monotonic() + MAX_SECONDS
-    matched = changed = 0
+    matched = changed = steps = 0
     last_id = ""
     while request.ids or request.filters:
-        if matched and time.monotonic() >= deadline:
-            return Answer(matched, changed, request.cursor(last_id))
+        if steps and time.monotonic() >= deadline:
+            return Answer(matched, changed, request.cursor(action, last_id))
         try:
             work = functools.partial(step, request=request, action=action)
             meant, rows, rest = connections.transaction(work)
         except pool.Unavailable as error:
-            if not matched:
+            if not steps:
                 raise
             log.warning("%s stopped half-way: %s", action.name, process.printable(error))
-            return Answer(matched, changed, request.cursor(last_id))
+            return Answer(matched, changed, request.cursor(action, last_id))
         on_changed(rows)
-        matched, changed = matched + meant, changed + len(rows)
+        matched, changed, steps = matched + meant, changed + len(rows), steps + 1
         last_id = request.ids[:CHUNK][-1] if request.ids else ""
         request = rest
     return Answer(matched, changed, None)

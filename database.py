@@ -51,7 +51,8 @@ SELECT id, status, attempt, failures, starts, start_token, delayed,
     {SENT},
     holder,
     date_part('epoch', lease_until - clock_timestamp()),
-    date_part('epoch', coalesce(run_at, created_at))
+    date_part('epoch', coalesce(run_at, created_at)),
+    starts_with(error, '{task.TIMED_OUT}')
 FROM tasks
 WHERE id = ANY(%(ids)s::uuid[])
 ORDER BY id

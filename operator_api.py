@@ -5,6 +5,7 @@ import functools
 import hashlib
 import logging
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ class OperatorApi:
         app.post("/api/v1/resume", callback=functools.partial(self.set_pause, RESUME))
         app.get("/metrics", callback=self.render_metrics)
         app.get("/openapi.json", callback=lambda: api.answer(openapi.DOCUMENT))
+
+    def run(self, stop: threading.Event) -> None:
+        """Read statistics for who asks, until stop is set: the body of a thread."""
+        self.stats.run(stop)
 
     def console(self) -> bytes:
         """Answer the console."""

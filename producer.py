@@ -53,7 +53,8 @@ counted = metrics.Metrics()
 waiters = Waiters(max(1, HTTP_CONNECTIONS // 2), stop)
 reports = ReportApi(connections, arrivals, counted)
 reports.add_routes(app)
-OperatorApi(dispatcher, arrivals, counted, producer_id, reports.note_changed).add_routes(app)
+operators = OperatorApi(dispatcher, arrivals, counted, producer_id, reports.note_changed)
+operators.add_routes(app)
 
 
 def parse_new_task(element: Any) -> database.NewTask:
@@ -93,7 +94,8 @@ def create_task() -> bytes:
     else:
         tasks = {new[0].id: creates.insert(new[0])}
         check_same(new, tasks)
-    counted.note_created(len(new))
+    # A repeat is answered with the task as it is, its history included.
+    counted.note_created(sum("history" not in task for task in tasks.values()))
     arrivals.add([each.id for each in new])
     answers = [tasks[each.id] for each in new]
     return api.answer(answers if body is elements else answers[0], 201)
@@ -187,6 +189,7 @@ def start_background() -> None:
     threads.append(threading.Thread(target=housekeeper.run, name="housekeeper"))
     threads.append(threading.Thread(target=schema.build_indexes, args=(stop,), name="indexes"))
     threads.append(threading.Thread(target=waiters.run, name="waiters"))
+    threads.append(threading.Thread(target=operators.run, args=(stop,), name="statistics"))
     for thread in threads:
         thread.daemon = True
         thread.start()

@@ -18,7 +18,8 @@ ALONE_SECONDS = 10  # until a task whose turn to run alone was not free is tried
 @dataclass(slots=True)
 class Row:
     """A locked row as the rules see it. sent: as in the message; lease: seconds until it
-    ends; due_at: since when it may run, in seconds since 1970; delay: seconds until it is due.
+    ends; due_at: since when it may run, in seconds since 1970; timed_out: its error says so, which
+    a failed run leaves before its dead letter comes; delay: seconds until it is due.
     outcome: what the history is to say of the attempt, if that is over without success."""
 
     id: str
@@ -32,6 +33,7 @@ class Row:
     holder: str | None
     lease: float | None
     due_at: float = 0.0
+    timed_out: bool | None = None
     result: str | None = None
     error: str | None = None
     delay: float | None = None
@@ -170,7 +172,7 @@ def start(row: Row, report: Report) -> Verdict:
     row.status, row.delayed, row.changed = "sent", False, True
     if report.holder is not None:
         row.holder, row.lease = report.holder, process.LEASE_SECONDS
-        row.host = report.host
+        row.host, row.started_at = report.host, report.started_at
     return ALONE if row.starts == MAX_STARTS - 1 else ACCEPTED
 
 
@@ -193,7 +195,8 @@ def count_failure(row: Row, error: str | None) -> None:
     """Count a failed attempt: back to pending after a pause while attempts are left, else error."""
     row.failures += 1
     row.error = error or row.error
-    row.outcome = "timed out" if (row.error or "").startswith(TIMED_OUT) else "failed"
+    timed_out = row.timed_out if row.error is None else row.error.startswith(TIMED_OUT)
+    row.outcome = "timed out" if timed_out else "failed"
     if row.failures >= MAX_ATTEMPTS:
         change(row, "error")
         return

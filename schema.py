@@ -22,7 +22,9 @@ INDEXES = {
 }
 TABLES = {
     match[1]: match[0]
-    for match in re.finditer(r"^CREATE (?:UNLOGGED )?TABLE (\w+) [^;]+;", SCHEMA, re.MULTILINE)
+    for match in re.finditer(
+        r"^CREATE (?:UNLOGGED )?TABLE (?:IF NOT EXISTS )?(\w+) [^;]+;", SCHEMA, re.MULTILINE
+    )
 }
 # Advisory locks. Nobody waits for them: who does not get one looks again later.
 TABLE_LOCK = 0x7461736B  # "task"

@@ -60,7 +60,7 @@ CREATE TABLE tasks (
 );
 
 -- Who takes tasks, by the last heartbeat of each. Unlogged: after a crash each says it again.
-CREATE UNLOGGED TABLE consumers (
+CREATE UNLOGGED TABLE IF NOT EXISTS consumers (
     id          uuid        NOT NULL,
     host        text        NOT NULL,
     concurrency integer     NOT NULL,
@@ -74,7 +74,7 @@ CREATE UNLOGGED TABLE consumers (
 );
 
 -- While this has its one row, no dispatcher claims anything.
-CREATE TABLE pause (
+CREATE TABLE IF NOT EXISTS pause (
     only_row boolean     NOT NULL DEFAULT true,
     since    timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT pause_pkey PRIMARY KEY (only_row),
@@ -83,7 +83,7 @@ CREATE TABLE pause (
 
 -- What each producer has counted in a minute. waits, runs: how many tasks by the upper bound of
 -- their seconds, {"0.5": 12}.
-CREATE TABLE minutes (
+CREATE TABLE IF NOT EXISTS minutes (
     minute   timestamptz NOT NULL,
     producer uuid        NOT NULL,
     created  integer     NOT NULL,

@@ -23,6 +23,7 @@ log = logging.getLogger("stats")
 
 MAX_AGE_SECONDS = 1.0  # of what is told
 BUDGET_SECONDS = 0.24  # for all statements together
+WAIT_SECONDS = 1.0  # for a database that does not answer at all
 MOST = 10_000  # counted exactly
 SILENT_SECONDS = 60  # a consumer that is silent for longer is gone
 NAMED = 20  # of a consumer's tasks
@@ -80,38 +81,57 @@ GROUP BY reason
 
 
 class Stats:
-    """The last answer, and who reads the next one."""
+    """The last answer. One thread reads the next one while others wait for it, but not for long."""
 
     def __init__(self, dispatcher: Dispatcher, counted: metrics.Metrics, producer: str) -> None:
         self.dispatcher = dispatcher
         self.metrics = counted
         self.producer = producer  # a UUID
         self.connections = pool.Pool(1)
-        self.lock = threading.Lock()
-        self.tried_at = -math.inf  # of time.monotonic()
+        self.changed = threading.Condition()
+        self.wanted = False
+        self.read_at = -math.inf  # of time.monotonic(), when the last try began
         self.last: dict[str, Any] = {}
         self.failure = ""
 
     def read(self) -> dict[str, Any]:
         """Return the answer of get-stats but for what depends on the caller. Raise Unavailable
-        without a database: at once, if somebody else has just tried."""
-        came = time.monotonic()
-        with self.lock:
-            if self.tried_at <= came - MAX_AGE_SECONDS:
-                self.failure = ""
-                try:
-                    self.last = self.put_together(self.connections.statement(self.read_parts))
-                except pool.Unavailable as error:
-                    self.failure = str(error)
-                self.tried_at = time.monotonic()
+        without a database, or if that does not answer."""
+        oldest = time.monotonic() - MAX_AGE_SECONDS
+        with self.changed:
+            if self.read_at < oldest:
+                self.wanted = True
+                self.changed.notify_all()
+                if not self.changed.wait_for(lambda: self.read_at >= oldest, WAIT_SECONDS):
+                    raise pool.Unavailable(f"no answer in {WAIT_SECONDS:g} seconds")
             if self.failure:
                 raise pool.Unavailable(self.failure)
             return self.last
 
     def forget(self) -> None:
         """Have the next call read everything anew."""
-        with self.lock:
-            self.tried_at = -math.inf
+        with self.changed:
+            self.read_at = -math.inf
+
+    def run(self, stop: threading.Event) -> None:
+        """Read whenever somebody asks, until stop is set: the body of a thread."""
+        while not stop.is_set():
+            with self.changed:
+                self.changed.wait_for(lambda: self.wanted, process.TURN_SECONDS)
+                if not self.wanted:
+                    continue
+                self.wanted = False
+            began, failure = time.monotonic(), ""
+            try:
+                self.last = self.put_together(self.connections.statement(self.read_parts))
+            except pool.Unavailable as error:
+                failure = str(error)
+            except Exception as error:  # the top of a loop: without it nobody would ever know
+                log.exception("the statistics were not read")
+                failure = str(error)
+            with self.changed:
+                self.failure, self.read_at = failure, began
+                self.changed.notify_all()
 
     def read_parts(self, cursor: Any) -> dict[str, Any]:
         """Read each part by a statement of its own; one that takes too long is None."""
@@ -160,9 +180,12 @@ class Stats:
             "counts": {name: capped(parts[name]) for name in STATUSES},
             "pendingAge": None if ages is None else {"oldest": ages[0], "median": ages[1]},
             "windows": {
-                str(count): counted and minutes.window(counted, now, count) for count in (5, 60)
+                str(count): None if counted is None else minutes.window(counted, now, count)
+                for count in (5, 60)
             },
-            "minutes": counted and minutes.chart(counted, now, metrics.KEPT_MINUTES),
+            "minutes": (
+                None if counted is None else minutes.chart(counted, now, metrics.KEPT_MINUTES)
+            ),
             "queues": self.dispatcher.depths(),
             "consumers": parts["consumers"],
             "errors": parts["errors"],

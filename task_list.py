@@ -2,7 +2,6 @@
 the producer imports this, and every function runs in the transaction of the cursor it gets."""
 
 import base64
-import binascii
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -59,9 +58,19 @@ COLUMNS = f"""
 LOOKED_AT = """
     left(error, char_length(%(error)s)) AS start_of_error, {time} AS time_of_status, {columns}
 """
-MATCHES = """
-    (%(error)s IS NULL OR start_of_error = %(error)s)
-    AND time_of_status >= %(from)s AND time_of_status < %(to)s
+# One statement, so that it tells truly whether there is more: the last row that it may read comes
+# along, even if it is not meant.
+MATCHES = f"""
+SELECT *
+FROM (
+    SELECT
+        row_number() OVER () = {MAX_READ} AS is_last,
+        (%(error)s IS NULL OR start_of_error IS NOT DISTINCT FROM %(error)s)
+            AND time_of_status >= %(from)s AND time_of_status < %(to)s AS is_meant,
+        looked_at.*
+    FROM ({{inner}}) AS looked_at
+) AS judged
+WHERE is_meant OR is_last
 LIMIT %(limit)s
 """
 
@@ -112,22 +121,26 @@ def parse_filter(fields: dict[str, Any], allowed: tuple[str, ...] = tuple(VIEWS)
     return Filter(status, error, bounds[0] or FIRST, bounds[1] or LAST)
 
 
-def encode(filter_: Filter, place: Place) -> str:
-    """Return a cursor: the filter, and where to go on."""
+def encode(filter_: Filter, place: Place, call: str = "list-tasks") -> str:
+    """Return a cursor: the call that it is for, the filter, and where to go on."""
     times = [None if each in (FIRST, LAST) else each.isoformat() for each in filter_[2:]]
     key = place.key.isoformat() if isinstance(place.key, datetime) else place.key
-    fields = [filter_.status, filter_.error, *times, key, place.id]
+    fields = [call, filter_.status, filter_.error, *times, key, place.id]
     return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip("=")
 
 
-def decode(cursor: Any) -> tuple[Filter, Place]:
-    """Return what encode() has put into a cursor; raise ValueError for anything else."""
+def decode(cursor: Any, call: str = "list-tasks") -> tuple[Filter, Place]:
+    """Return what encode() has put into a cursor of this call; raise ValueError for anything
+    else."""
     try:
         padded = cursor.encode() + b"=" * (-len(cursor) % 4)
-        status, error, from_, to, key, task_id = json.loads(base64.urlsafe_b64decode(padded))
+        made_for, *fields = json.loads(base64.urlsafe_b64decode(padded))
+        status, error, from_, to, key, task_id = fields
+        if made_for != call:
+            raise ValueError
         filter_ = parse_filter({"status": status, "error": error, "from": from_, "to": to})
         place = Place(VIEWS[filter_.status].parse(key), task.parse_uuid(task_id))
-    except (ValueError, TypeError, AttributeError, binascii.Error, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(
             f"cursor: expected the `next` of an earlier answer, got {task.shorten(cursor)}"
         ) from None
@@ -171,12 +184,12 @@ def find(
         "key": place.key, "id": place.id, "limit": limit + 1, "most": MAX_READ,
     }  # fmt: skip
     inner = statement(view, LOOKED_AT.format(time=view.time, columns=columns), forward)
-    cursor.execute(f"SELECT * FROM ({inner}) AS looked_at WHERE {MATCHES}", arguments)
-    rows = [row[2:] for row in cursor]
+    cursor.execute(MATCHES.format(inner=inner), arguments)
+    found = cursor.fetchall()
+    rows = [row[4:] for row in found if row[1]]
     if len(rows) > limit:
         rows = rows[:limit]
         return rows, Place(rows[-1][-1], rows[-1][0])
-    inner = statement(view, "id", forward)
-    cursor.execute(f"SELECT * FROM ({inner}) AS looked_at OFFSET {MAX_READ - 1}", arguments)
-    last = cursor.fetchone()
-    return rows, None if last is None else Place(last[1], last[0])
+    if found and found[-1][0]:
+        return rows, Place(found[-1][-1], found[-1][4])
+    return rows, None

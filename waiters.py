@@ -58,7 +58,7 @@ class Waiters:
 
     def run(self) -> None:
         """Let clients go whose wait is over, until stop is set: the body of a thread."""
-        backoff = process.Backoff(log, "nobody hears how tasks end", most=5)
+        backoff = process.Backoff(log, "nobody hears how tasks end", most=1)
         while not self.stop.is_set():
             with self.changed:
                 if not self.waiting:

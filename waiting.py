@@ -106,6 +106,7 @@ class Waiting:
             if entry.suspect:
                 entry.token = entry.token or uuid.uuid4().hex
                 report.started, report.error, report.alone = entry.token, entry.cause or None, alone
+                report.started_at = time.time() + (self.skew or 0.0)
                 alone = False
             group.append((entry, report))
         return group

@@ -3,7 +3,9 @@ waiting, statistics, metrics, and who may call."""
 
 import concurrent.futures
 import datetime
+import os
 import re
+import signal
 import threading
 import time
 import uuid
@@ -14,6 +16,10 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+import bulk
+import database
+import pool
+import task_list
 from tests.stack import Stack, run_sql, until
 
 REASONS = ("KeyError: 'price'", "HTTP 502 from the shop", "timed out after 5 s")
@@ -485,3 +491,81 @@ def test_old_tasks_are_deleted_along_their_indexes(stack: Stack) -> None:
     until(lambda: stack.sql(old) == [(0,)], timeout=90, what="old tasks are gone")
     young = "SELECT count(*) FROM tasks WHERE finished_at > now() - interval '1 day'"
     assert 0 < stack.sql(young)[0][0] < 3000
+
+
+def test_a_run_that_took_too_long_is_told_from_one_that_failed(stack: Stack) -> None:
+    stack.producer()
+    stack.consumer(HANDLER="handlers:nap")
+    [task_id] = stack.create("30", timeoutSeconds=0.5)
+    stack.wait_status([task_id], "error")
+    [element] = stack.get(task_id)["history"]
+    assert (element["outcome"], element["error"]) == ("timed out", "timed out after 0.5 s")
+    assert 0.4 < element["seconds"] < 10
+    assert "tasks_timed_out_total 1" in stack.session.get(f"{stack.url}/metrics").text
+
+
+def test_a_repeated_create_is_counted_once(api: Stack) -> None:
+    task = {"text": "x", "taskId": str(uuid.uuid4())}
+    for body in (task, task, [task, {"text": "y"}]):
+        assert call(api, "create-task", body).status_code == 201
+    assert "tasks_created_total 2" in api.session.get(f"{api.url}/metrics").text
+
+
+def test_a_frozen_database_holds_up_neither_statistics_nor_metrics(stack: Stack) -> None:
+    stack.producer()
+    assert call(stack, "get-stats").status_code == 200
+    backend = (
+        "SELECT pid FROM pg_stat_activity WHERE datname = %s AND query LIKE '%%statement_timeout%%'"
+    )
+    pids = [pid for (pid,) in run_sql(stack.postgres.url, backend, stack.database)]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(1.1)  # what was read is old by then
+        began = time.monotonic()
+        assert call(stack, "get-stats").status_code == 503
+        assert "tasks_created_total" in stack.session.get(f"{stack.url}/metrics").text
+        assert time.monotonic() - began < 5
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    until(lambda: call(stack, "get-stats").status_code == 200, what="it answers again")
+
+
+def test_a_fresh_service_has_statistics(api: Stack) -> None:
+    stats = call(api, "get-stats").json()
+    assert set(stats["windows"]["5"]) == set(stats["windows"]["60"])
+    assert stats["windows"]["5"]["run"] == {"p50": None, "p95": None}
+    assert len(stats["minutes"]) == 60 and stats["errors"] == stats["consumers"] == []
+
+
+def test_an_action_goes_on_with_its_own_cursor_only(idle: Stack) -> None:
+    insert(idle, 20, "error", error="x")
+    cursor = call(idle, "list-tasks", status="error", limit=5).json()["next"]
+    answer = call(idle, "retry-tasks", {"status": "error", "cursor": cursor})
+    assert answer.status_code == 400 and answer.json()["error"].startswith("cursor: expected")
+    assert call(idle, "retry-tasks", {"error": ""}).status_code == 400
+    assert idle.counts() == {"error": 20}
+
+
+def test_an_action_that_takes_long_goes_on_where_it_stopped(idle: Stack, monkeypatch: Any) -> None:
+    insert(idle, 3500, "error", error="x")
+    insert(idle, 100, "error", error="other")
+    monkeypatch.setattr(bulk, "MAX_SECONDS", 0)
+    monkeypatch.setattr(pool, "URL", idle.database_url)
+    connections, body, total = pool.Pool(1), {"status": "error", "error": "x"}, 0
+    now = connections.statement(database.read_now)
+    cursor: str | None = ""
+    while cursor is not None:
+        request = bulk.parse(body | ({"cursor": cursor} if cursor else {}), bulk.RETRY, now)
+        answer = bulk.run(request, bulk.RETRY, connections, lambda rows: None)
+        assert answer.matched == answer.changed <= bulk.CHUNK
+        total, cursor = total + answer.changed, answer.next
+    assert total == 3500 and idle.counts() == {"pending": 3500, "error": 100}
+    place = task_list.Place(now, str(uuid.uuid4()))
+    other = task_list.encode(task_list.Filter("error", "other"), place, "retry-tasks")
+    with pytest.raises(ValueError, match="as in the call that it is from"):
+        bulk.parse(body | {"cursor": other}, bulk.RETRY, now)
+    for connection in connections.idle:
+        connection.close()
