@@ -148,6 +148,8 @@ def test_expect_100_continue_is_answered_before_the_body(client: Client) -> None
         (b"GET / HTTP/1.1\r\nA: b\0c\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nA: b\x1bc\r\n\r\n", 400),
         (b"GET /\0 HTTP/1.1\r\n\r\n", 400),
+        (b"GET /a\xff HTTP/1.1\r\n\r\n", 400),
+        (b"GET /a%C3 HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nA:" + b" " * 30_000 + b"\n\r\n\r\n", 400),
         (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),

@@ -189,6 +189,8 @@ def test_a_token_guards_the_api_and_nothing_else(stack: Stack) -> None:
     refused = stack.session.post(stack.url + CREATE, json={"text": "a"})
     assert refused.status_code == 401 and "Authorization: Bearer" in refused.json()["error"]
     assert stack.session.post(f"{stack.url}/{CREATE}", json={"text": "a"}).status_code == 401
+    for path in ("/ap%ffi/v1/create-task", "/api%c3/v1/create-task", "/metrics%80"):
+        assert stack.session.post(stack.url + path, json={"text": "a"}).status_code == 400
     headers = {"Authorization": "Bearer secret"}
     allowed = stack.session.post(stack.url + CREATE, json={"text": "a"}, headers=headers)
     assert allowed.status_code == 201
