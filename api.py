@@ -3,6 +3,7 @@ and what becomes of them."""
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 from urllib.parse import parse_qs
@@ -14,6 +15,7 @@ import process
 import task
 
 log = logging.getLogger("api")
+INTEGER = re.compile("-?[0-9]{1,19}")  # int() also takes 1_0 and digits of other scripts
 outage = process.Backoff(log, "requests refused")  # not every one of an outage is a WARNING
 
 
@@ -26,11 +28,16 @@ def read_json() -> Any:
     """Return the request's body parsed as JSON, or end the request with a 400."""
     body = bottle.request.environ["wsgi.input"].read()
     try:
-        return json.loads(body.decode())
+        return json.loads(body.decode(), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         refuse(400, f"expected a body in UTF-8, byte {error.start} is not")
     except (ValueError, RecursionError) as error:
         refuse(400, f"expected a JSON body: {error}")
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python's reader takes and JSON does not have."""
+    raise ValueError(f"JSON has no {name}")
 
 
 def read_update() -> Any:
@@ -56,12 +63,12 @@ def read_form(text: str) -> dict[str, Any]:
     try:
         pairs = parse_qs(text, errors="strict").items()
         fields: dict[str, Any] = {name: values[-1] for name, values in pairs}
-        if "attempt" in fields:
-            fields["attempt"] = int(fields["attempt"])
     except UnicodeDecodeError:
         refuse(400, "expected a query and form in percent-encoded UTF-8")
-    except ValueError:
-        refuse(400, f"attempt: expected an integer, got {task.shorten(fields['attempt'])}")
+    if "attempt" in fields:
+        if not INTEGER.fullmatch(fields["attempt"]):
+            refuse(400, f"attempt: expected an integer, got {task.shorten(fields['attempt'])}")
+        fields["attempt"] = int(fields["attempt"])
     return fields
 
 

@@ -3,6 +3,7 @@ RabbitMQ from background threads.
 
 Run it with `python producer.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
 
+import contextlib
 import logging
 import sys
 import threading
@@ -144,10 +145,10 @@ def select_task(task_id: str) -> dict[str, Any]:
 
 def parse_wait(value: Any) -> float:
     """Return how many seconds a client waits for the end of a task."""
-    try:
-        seconds = float(value or 0)
-    except ValueError:
-        seconds = -1.0
+    seconds = -1.0
+    if "_" not in (value or ""):  # float() takes 1_0
+        with contextlib.suppress(ValueError):
+            seconds = float(value or 0)
     if not 0 <= seconds <= MAX_WAIT_SECONDS:
         expected = f"expected seconds from 0 to {MAX_WAIT_SECONDS}"
         raise ValueError(f"wait: {expected}, got {task.shorten(value)}")
@@ -184,7 +185,7 @@ def update_many(elements: list[Any]) -> bytes:
         except ValueError as error:
             reasons[index] = str(error)
     query = api.read_form(bottle.request.query_string)
-    skip_locked = query.get("skipLocked") == "true"
+    skip_locked = parse_skip_locked(query.get("skipLocked"))
     if "host" in query:
         note_host(reports.values(), query["host"])
     verdicts = dict(zip(reports, apply(list(reports.values()), skip_locked), strict=True))
@@ -202,6 +203,13 @@ def update_many(elements: list[Any]) -> bytes:
     updated = len(elements) - len(rejected) - len(lists["locked"])
     counts: dict[str, Any] = {"updated": updated, "rejected": rejected}
     return api.answer(counts | {name: value for name, value in lists.items() if value})
+
+
+def parse_skip_locked(value: Any) -> bool:
+    """Return whether locked rows are left out, or end the request with a 400."""
+    if value not in (None, "true", "false"):
+        api.refuse(400, f"skipLocked: expected true or false, got {task.shorten(value)}")
+    return bool(value == "true")
 
 
 def note_host(reports: Iterable[task.Report], host: str) -> None:
@@ -234,9 +242,12 @@ def apply(reports: list[task.Report], skip_locked: bool = False) -> list[rules.V
     return verdicts
 
 
-def id_of(element: Any) -> Any:
-    """Return what a rejected element called its id, as far as it had one."""
-    return element.get("taskId") if isinstance(element, dict) else None
+def id_of(element: Any) -> str | None:
+    """Return what a rejected element called its id, as far as it had one that JSON can carry."""
+    value = element.get("taskId") if isinstance(element, dict) else None
+    if value is None or (isinstance(value, str) and task.UUID.fullmatch(value)):
+        return value
+    return task.shorten(value)
 
 
 @app.put("/api/v1/consumer-heartbeat")

@@ -274,5 +274,8 @@ def storable(value: Any) -> str:
 
 def shorten(value: Any) -> str:
     """Return a value as it may stand in an error message."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:  # json.loads() has just taken it, a call less deep
+        text = "what is nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -2,7 +2,6 @@
 the producer imports this, and every function runs in the transaction of the cursor it gets."""
 
 import base64
-import binascii
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -127,7 +126,7 @@ def decode(cursor: Any) -> tuple[Filter, Place]:
         status, error, from_, to, key, task_id = json.loads(base64.urlsafe_b64decode(padded))
         filter_ = parse_filter({"status": status, "error": error, "from": from_, "to": to})
         place = Place(VIEWS[filter_.status].parse(key), task.parse_uuid(task_id))
-    except (ValueError, TypeError, AttributeError, binascii.Error, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(
             f"cursor: expected the `next` of an earlier answer, got {task.shorten(cursor)}"
         ) from None

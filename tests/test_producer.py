@@ -69,6 +69,8 @@ def test_a_repeated_task_id_is_one_task_and_another_text_a_conflict(api: Stack) 
         (b"[]", 400, "expected 1 to 10000 tasks"),
         (b'{"text": ""}', 400, "at least one character"),
         (b'{"text": 5}', 400, "expected a string, got 5"),
+        (b'{"text": NaN}', 400, "expected a JSON body: JSON has no NaN"),
+        (b'{"text": "a", "timeoutSeconds": -Infinity}', 400, "JSON has no -Infinity"),
         (b'{"text": null}', 400, "expected a string, got None"),
         (b'{"text": "a\\u0000b"}', 400, "NUL"),
         (b'{"text": "\\ud800"}', 400, "surrogates"),
@@ -148,6 +150,7 @@ def test_bad_updates_say_what_was_expected(api: Stack) -> None:
         ({"taskId": task_id, "taskStatus": "sent"}, 409, "only the dispatcher"),
         ({"taskId": task_id, "taskStatus": "success", "attempt": 7}, 409, "stale"),
         ({"taskId": task_id, "taskStatus": "success", "attempt": "x"}, 400, "attempt"),
+        ({"taskId": task_id, "taskStatus": "success", "attempt": "0_1"}, 400, "attempt"),
     ):
         answer = api.put(**fields)
         assert (answer.status_code, expected in answer.json()["error"]) == (status, True), (
@@ -181,6 +184,25 @@ def test_an_array_of_reports_is_judged_one_by_one(api: Stack) -> None:
         (5, "expected an ob"),
     ]
     assert api.get(first)["result"] == "fine"
+
+
+def test_an_id_that_json_cannot_carry_is_rejected_like_any_other(api: Stack) -> None:
+    url, headers = api.url + PUT, {"Content-Type": "application/json"}
+    for body in (b'[{"taskId": "\\ud800"}]', b'[{"taskId": 1e999}]'):
+        answer = api.session.put(url, data=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["rejected"][0]["reason"].startswith("taskId: expected a UUID")
+    for depth in range(900, 1010):  # somewhere here json.loads() gives up
+        nested = b"[" * depth + b"]" * depth
+        body = b'[{"taskId": ' + nested + b"}]"
+        assert api.session.put(url, data=body, headers=headers).status_code in (200, 400)
+        body = b'{"text": ' + nested + b"}"
+        assert api.session.post(api.url + CREATE, data=body).status_code == 400
+
+
+def test_skip_locked_is_true_or_false(api: Stack) -> None:
+    for value, status in (("true", 200), ("false", 200), ("yes", 400)):
+        assert api.put([], skipLocked=value).status_code == status
 
 
 def test_a_token_guards_the_api_and_nothing_else(stack: Stack) -> None:
