@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable
 from typing import Any
 
 import bottle
@@ -185,9 +184,10 @@ def update_many(elements: list[Any]) -> bytes:
         except ValueError as error:
             reasons[index] = str(error)
     query = api.read_form(bottle.request.query_string)
-    skip_locked = parse_skip_locked(query.get("skipLocked"))
+    skip_locked = query.get("skipLocked") == "true"
     if "host" in query:
-        note_host(reports.values(), query["host"])
+        for report in reports.values():
+            report.host = report.host or query["host"]
     verdicts = dict(zip(reports, apply(list(reports.values()), skip_locked), strict=True))
     lists: dict[str, list[int]] = {
         name: [index for index, verdict in verdicts.items() if verdict == of]
@@ -203,23 +203,6 @@ def update_many(elements: list[Any]) -> bytes:
     updated = len(elements) - len(rejected) - len(lists["locked"])
     counts: dict[str, Any] = {"updated": updated, "rejected": rejected}
     return api.answer(counts | {name: value for name, value in lists.items() if value})
-
-
-def parse_skip_locked(value: Any) -> bool:
-    """Return whether locked rows are left out, or end the request with a 400."""
-    if value not in (None, "true", "false"):
-        api.refuse(400, f"skipLocked: expected true or false, got {task.shorten(value)}")
-    return bool(value == "true")
-
-
-def note_host(reports: Iterable[task.Report], host: str) -> None:
-    """Note where the tasks ran, for reports that do not say it."""
-    try:
-        host = task.parse_word(host, "host")
-    except ValueError as error:
-        api.refuse(400, str(error))
-    for report in reports:
-        report.host = report.host or host
 
 
 def apply(reports: list[task.Report], skip_locked: bool = False) -> list[rules.Verdict]:

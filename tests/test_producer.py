@@ -200,9 +200,23 @@ def test_an_id_that_json_cannot_carry_is_rejected_like_any_other(api: Stack) -> 
         assert api.session.post(api.url + CREATE, data=body).status_code == 400
 
 
-def test_skip_locked_is_true_or_false(api: Stack) -> None:
-    for value, status in (("true", 200), ("false", 200), ("yes", 400)):
-        assert api.put([], skipLocked=value).status_code == status
+def test_a_body_hides_nothing_bad_in_the_query(api: Stack) -> None:
+    [task_id] = api.create("a")
+    body = {"taskId": task_id, "taskStatus": "error"}
+    for query in (
+        {"skipLocked": "yes"}, {"taskId": "5"}, {"taskStatus": "done"}, {"host": "x" * 256},
+    ):  # fmt: skip
+        for each in (body, [body]):
+            answer = api.put(each, **query)
+            assert answer.status_code == 400 and answer.json()["error"].startswith(*query)
+    assert api.put([body], skipLocked="false", host="here").json()["updated"] == 1
+
+
+def test_a_whole_number_may_have_a_point(api: Stack) -> None:
+    [task_id] = api.create("a")
+    body = b'{"taskId": "%s", "taskStatus": "success", "attempt": 1.0}' % task_id.encode()
+    answer = api.session.put(api.url + PUT, data=body)
+    assert (answer.status_code, answer.json()["taskStatus"]) == (200, "success")
 
 
 def test_a_token_guards_the_api_and_nothing_else(stack: Stack) -> None:
