@@ -80,8 +80,9 @@ def body(schema: Json, **more: Any) -> Json:
 
 
 def query(name: str, schema: Json, description: str = "", required: bool = False) -> Json:
-    """Return a parameter of the query."""
-    about = {"description": description} if description else {}
+    """Return a parameter of the query; an empty one counts as none."""
+    about: Json = {"description": description} if description else {}
+    about |= {} if required else {"allowEmptyValue": True}
     return {"name": name, "in": "query", "required": required, **about, "schema": schema}
 
 
@@ -119,7 +120,6 @@ UPDATE_BODY = {
         "application/x-www-form-urlencoded": {"schema": ref("ReportForm")},
     },
 }
-BOUND = {"anyOf": [ANY_TIME, {"type": "string", "maxLength": 0}]}  # an empty one is none
 LIST_PARAMETERS = [
     query(
         "status",
@@ -128,8 +128,8 @@ LIST_PARAMETERS = [
         required=True,
     ),
     query("error", OUTCOME, "What the error begins with."),
-    query("from", BOUND, "Of the end for tasks that have ended, else of the creation."),
-    query("to", BOUND, "The same, exclusive."),
+    query("from", ANY_TIME, "Of the end for tasks that have ended, else of the creation."),
+    query("to", ANY_TIME, "The same, exclusive."),
     query("limit", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 50}),
     query("cursor", CURSOR),
 ]
@@ -255,7 +255,7 @@ DOCUMENT: Json = {
         "version": process.VERSION,
         "description": "A task service: PostgreSQL holds the tasks, RabbitMQ carries them. Where"
         " this names a number of characters, the service counts bytes of UTF-8."
-        " Query parameters that are not named here are ignored.",
+        " Query parameters that are empty or not named here are ignored.",
     },
     "security": [{"token": []}] if process.API_TOKEN else [],
     "paths": CLIENT_PATHS | OPERATOR_PATHS,

@@ -71,7 +71,7 @@ TIMEOUT = {"type": "number", "exclusiveMinimum": 0, "maximum": task.MAX_TIMEOUT_
 FLAG = {"type": "boolean"}
 STATUS = enum("pending", "sent", "success", "error")
 WORD = enum(*sorted(task.WORDS), description="In any case of letters.")
-CURSOR = text(description="The `next` of an earlier answer; it holds the filter.")
+CURSOR = text(least=1, description="The `next` of an earlier answer; it holds the filter.")
 NUL_FREE = "^[^\\u0000]*$"
 OUTCOME = text(
     task.MAX_OUTCOME_BYTES,

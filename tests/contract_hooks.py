@@ -33,7 +33,7 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     if place is None or case.meta is None or not case.meta.generation.mode.is_positive:
         return
     for fields in (case.query, case.body):
-        if not isinstance(fields, dict) or fields.get("cursor") is None:
+        if not isinstance(fields, dict) or not fields.get("cursor"):
             continue
         if "taskIds" not in fields:  # beside them it is an id
             fields["cursor"] = cursor(*place)
