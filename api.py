@@ -1,8 +1,10 @@
 """What every call of the HTTP API shares: reading what a request says, answering in JSON, errors,
 and what becomes of them."""
 
+import functools
 import json
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 from urllib.parse import parse_qs
@@ -14,7 +16,31 @@ import process
 import task
 
 log = logging.getLogger("api")
+INTEGER = re.compile("-?[0-9]{1,19}")  # int() also takes 1_0 and digits of other scripts
 outage = process.Backoff(log, "requests refused")  # not every one of an outage is a WARNING
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python's reader takes and JSON does not have."""
+    raise ValueError(f"JSON has no {name}")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def parse_skip_locked(value: str) -> bool:
+    """Return whether a report leaves out rows that are locked; raise ValueError otherwise."""
+    if value not in ("true", "false"):
+        raise ValueError(f"skipLocked: expected true or false, got {task.shorten(value)}")
+    return value == "true"
+
+
+UPDATE_QUERY: dict[str, Callable[[str], Any]] = {
+    "taskId": task.parse_uuid,
+    "taskStatus": task.parse_status,
+    "host": functools.partial(task.parse_word, name="host"),
+    "skipLocked": parse_skip_locked,
+}
 
 
 def refuse(status: int, reason: str) -> NoReturn:
@@ -26,7 +52,7 @@ def read_json() -> Any:
     """Return the request's body parsed as JSON, or end the request with a 400."""
     body = bottle.request.environ["wsgi.input"].read()
     try:
-        return json.loads(body.decode())
+        return DECODER.decode(body.decode())
     except UnicodeDecodeError as error:
         refuse(400, f"expected a body in UTF-8, byte {error.start} is not")
     except (ValueError, RecursionError) as error:
@@ -37,6 +63,11 @@ def read_update() -> Any:
     """Return what a PUT says, merged from query, form and JSON object; or its JSON array."""
     request = bottle.request
     fields = read_form(request.query_string)
+    try:
+        for name in fields.keys() & UPDATE_QUERY.keys():
+            UPDATE_QUERY[name](fields[name])  # a body that says something else would hide it
+    except ValueError as error:
+        refuse(400, str(error))
     if request.content_type.partition(";")[0].strip() == "application/x-www-form-urlencoded":
         body = request.environ["wsgi.input"].read()
         looks_like_json = body[:1] in (b"{", b"[")  # curl --data without a header says it is a form
@@ -56,12 +87,12 @@ def read_form(text: str) -> dict[str, Any]:
     try:
         pairs = parse_qs(text, errors="strict").items()
         fields: dict[str, Any] = {name: values[-1] for name, values in pairs}
-        if "attempt" in fields:
-            fields["attempt"] = int(fields["attempt"])
     except UnicodeDecodeError:
         refuse(400, "expected a query and form in percent-encoded UTF-8")
-    except ValueError:
-        refuse(400, f"attempt: expected an integer, got {task.shorten(fields['attempt'])}")
+    if "attempt" in fields:
+        if not INTEGER.fullmatch(fields["attempt"]):
+            refuse(400, f"attempt: expected an integer, got {task.shorten(fields['attempt'])}")
+        fields["attempt"] = int(fields["attempt"])
     return fields
 
 

@@ -94,14 +94,14 @@ def parse(body: Any, action: Action, now: datetime) -> Request:
             last = task.parse_uuid(given["cursor"], "cursor")
             ids = [each for each in ids if each > last]
         return Request(ids, [], None, dry_run)
-    if "cursor" in given:
-        return Request([], *parse_cursor(given, action), dry_run)
-    if not is_filter:
+    if not is_filter and "cursor" not in given:
         raise ValueError(f"expected {EXPECTED}")
     words = [given["status"]] if "status" in given else action.views
     before = task.parse_time(given.get("before"), "before") or now
     fields = [{"status": word, "error": given.get("error")} for word in words]
     filters = [task_list.parse_filter(each, action.views) for each in fields]
+    if "cursor" in given:  # which holds the filter
+        return Request([], *parse_cursor(given, action), dry_run)
     return Request([], [each._replace(to=min(before, now)) for each in filters], None, dry_run)
 
 

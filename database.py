@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import rules
 import task
 
-HOUSEKEEPING_ROWS = 5000
-
 TASK_COLUMNS = """
     id, text, status, attempt, result, error, timeout_seconds,
     run_at, created_at, sent_at, started_at, finished_at, seconds, host
@@ -140,38 +138,6 @@ FROM json_to_recordset(%(rows)s) AS new (
     outcome text, started_at float8, seconds float8, host text
 )
 WHERE tasks.id = new.id
-"""
-
-RELEASE_DUE_TASKS = """
-UPDATE tasks
-SET delayed = false
-WHERE id = ANY(ARRAY(
-    SELECT id FROM tasks
-    WHERE delayed AND run_at <= now()
-    ORDER BY run_at
-    LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
-))
-RETURNING id
-"""
-
-# The oldest first, along the index of one status; from where the last batch ended, because its
-# entries are there until vacuum has been there.
-DELETE_ENDED_TASKS = """
-WITH deleted AS (
-    DELETE FROM tasks
-    WHERE id = ANY(ARRAY(
-        SELECT id FROM tasks
-        WHERE status = %(status)s  -- psycopg2 puts it in, so that the index is found
-            AND finished_at >= %(since)s
-            AND finished_at < now() - make_interval(days => %(days)s)
-        ORDER BY finished_at
-        LIMIT %(limit)s
-        FOR UPDATE SKIP LOCKED
-    ))
-    RETURNING finished_at
-)
-SELECT count(*), max(finished_at) FROM deleted
 """
 
 SHOW_SYNCHRONOUS_STANDBYS = "SHOW synchronous_standby_names"
@@ -306,24 +272,6 @@ def read_now(cursor: Any) -> datetime:
     cursor.execute("SELECT clock_timestamp()")
     now: datetime = cursor.fetchone()[0]
     return now
-
-
-def release_due(cursor: Any) -> list[str]:
-    """Let delayed tasks whose time has come be picked; return their ids."""
-    cursor.execute(RELEASE_DUE_TASKS, {"limit": HOUSEKEEPING_ROWS})
-    return [task_id for (task_id,) in cursor]
-
-
-def sweep(
-    cursor: Any, status: str, since: datetime, limit: int, days: int, seconds: float
-) -> datetime | None:
-    """Delete the oldest tasks of a status that ended over so many days ago, at most limit; return
-    since when to go on, None if there are no more. Raise QueryCanceled if it takes too long."""
-    cursor.execute(f"SET LOCAL statement_timeout = {int(seconds * 1000)}")
-    bounds = {"status": status, "since": since, "limit": limit, "days": days}
-    cursor.execute(DELETE_ENDED_TASKS, bounds)
-    count, last = cursor.fetchone()
-    return last if count == limit else None
 
 
 def has_synchronous_standby(cursor: Any) -> bool:

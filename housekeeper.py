@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
-import database
 import leases
 import minutes
 import pool
@@ -28,11 +28,61 @@ RESCUE_SECONDS = min(process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS) / 20
 # a clock: the consumers could not renew their leases meanwhile, and do so within their back-off.
 GRACE_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS, process.LEASE_SECONDS / 2)
 LATE_SECONDS = 5  # a turn that came so late was frozen; a clock that differs by so much was set
-SWEEP_ROWS = 5000
+ROWS = 5000  # in one statement
 BEGINNING = datetime.min.replace(tzinfo=UTC)
 SWEEP_SECONDS = 60  # between two looks for old tasks when there are none
 COUNTS_SECONDS = 5  # between two times that what was counted is written down
 FORGET_SECONDS = 600  # between two looks for consumers that are gone for good
+
+RELEASE_DUE_TASKS = """
+UPDATE tasks
+SET delayed = false
+WHERE id = ANY(ARRAY(
+    SELECT id FROM tasks
+    WHERE delayed AND run_at <= now()
+    ORDER BY run_at
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING id
+"""
+
+# The oldest first, along the index of one status; from where the last batch ended, because its
+# entries are there until vacuum has been there.
+DELETE_ENDED_TASKS = """
+WITH deleted AS (
+    DELETE FROM tasks
+    WHERE id = ANY(ARRAY(
+        SELECT id FROM tasks
+        WHERE status = %(status)s  -- psycopg2 puts it in, so that the index is found
+            AND finished_at >= %(since)s
+            AND finished_at < now() - make_interval(days => %(days)s)
+        ORDER BY finished_at
+        LIMIT %(limit)s
+        FOR UPDATE SKIP LOCKED
+    ))
+    RETURNING finished_at
+)
+SELECT count(*), max(finished_at) FROM deleted
+"""
+
+
+def release_due(cursor: Any) -> list[str]:
+    """Let delayed tasks whose time has come be picked; return their ids."""
+    cursor.execute(RELEASE_DUE_TASKS, {"limit": ROWS})
+    return [task_id for (task_id,) in cursor]
+
+
+def sweep(
+    cursor: Any, status: str, since: datetime, limit: int, days: int, seconds: float
+) -> datetime | None:
+    """Delete the oldest tasks of a status that ended over so many days ago, at most limit; return
+    since when to go on, None if there are no more. Raise QueryCanceled if it takes too long."""
+    cursor.execute(f"SET LOCAL statement_timeout = {int(seconds * 1000)}")
+    bounds = {"status": status, "since": since, "limit": limit, "days": days}
+    cursor.execute(DELETE_ENDED_TASKS, bounds)
+    count, last = cursor.fetchone()
+    return last if count == limit else None
 
 
 class Housekeeper:
@@ -56,7 +106,7 @@ class Housekeeper:
         self.clocks = time.monotonic(), 0.0  # when the last turn began; the database's time then
         self.sweep_at = 0.0 if RETENTION_DAYS else math.inf
         self.sweep_since = dict.fromkeys(task.ENDED, BEGINNING)
-        self.sweep_rows = SWEEP_ROWS  # the next batch
+        self.sweep_rows = ROWS  # the next batch
         self.counts_at = 0.0
         self.silence = process.Backoff(log, "no heartbeat of a consumer")
 
@@ -95,7 +145,7 @@ class Housekeeper:
     def turn(self) -> None:
         """Release and rescue what is due, each in a transaction of its own."""
         as_of = self.read_clocks()
-        self.arrivals.add(self.connections.transaction(database.release_due))
+        self.arrivals.add(self.connections.transaction(release_due))
         if time.monotonic() >= self.forget_at:
             self.forget_at = time.monotonic() + FORGET_SECONDS
             self.connections.transaction(leases.forget_consumers)
@@ -108,7 +158,7 @@ class Housekeeper:
                 self.metrics.note_rescued(len(rescued))
             self.arrivals.add(rescued)
             # A full batch leaves others behind.
-            full = len(rescued) == database.HOUSEKEEPING_ROWS
+            full = len(rescued) == leases.RESCUED_ROWS
             self.rescue_at = time.monotonic() + (0 if full else RESCUE_SECONDS)
 
     def read_clocks(self) -> float:
@@ -148,7 +198,7 @@ class Housekeeper:
         full = False
         for status, since in self.sweep_since.items():
             work = functools.partial(
-                database.sweep,
+                sweep,
                 status=status,
                 since=since,
                 limit=self.sweep_rows,
@@ -162,6 +212,6 @@ class Housekeeper:
                 raise
             full = full or end is not None
             self.sweep_since[status] = end or BEGINNING
-        self.sweep_rows = min(2 * self.sweep_rows, SWEEP_ROWS)
+        self.sweep_rows = min(2 * self.sweep_rows, ROWS)
         if not full:
             self.sweep_at += SWEEP_SECONDS

@@ -140,7 +140,7 @@ def parse_head(head: str) -> dict[str, Any]:
     path, _, query = target.partition("?")
     environ = {
         "REQUEST_METHOD": method,
-        "PATH_INFO": unquote(path, "latin-1") if "%" in path else path,
+        "PATH_INFO": decode_path(path),
         "QUERY_STRING": query,
         "SERVER_PROTOCOL": f"HTTP/1.{minor}",
     }
@@ -159,6 +159,19 @@ def parse_head(head: str) -> dict[str, Any]:
             value = repeated(key, environ[key], value)
         environ[key] = value
     return environ
+
+
+def decode_path(path: str) -> str:
+    """Return a path as WSGI has it, each byte a character; raise Refused if it is not UTF-8. Bottle
+    drops bytes that are not, and would find a call where access.py has seen none."""
+    if "%" in path:
+        path = unquote(path, "latin-1")
+    if not path.isascii():
+        try:
+            path.encode("latin-1").decode()
+        except UnicodeDecodeError:
+            raise Refused("400 Bad Request", "expected a path in percent-encoded UTF-8") from None
+    return path
 
 
 def repeated(key: str, first: str, second: str) -> str:

@@ -17,6 +17,8 @@ RESCUED = database.APPEND_TO_HISTORY.format(
     seconds="extract(epoch FROM now() - started_at)::float8",
 )
 
+RESCUED_ROWS = 5000  # in one statement
+
 # The same attempt again: neither a failure nor a new run if a copy turns up after all. The holder
 # stays, so that the next consumer asks before it starts the task. Only what was over when the last
 # turn began: whoever was frozen since then could not renew.
@@ -161,19 +163,19 @@ def parse_heartbeat(body: Any) -> Heartbeat:
 
 def parse_count(value: Any, name: str) -> int:
     """Return a number of workers; raise ValueError otherwise."""
-    if type(value) is not int or not 0 <= value <= task.MAX_NAMED:
+    if not 0 <= (count := task.parse_integer(value, name)) <= task.MAX_NAMED:
         raise ValueError(f"{name}: expected 0 to {task.MAX_NAMED}, got {task.shorten(value)}")
-    return value
+    return count
 
 
 def parse_named(element: Any) -> Named:
     """Return one task of a heartbeat; raise ValueError saying what was expected."""
-    if not isinstance(element, dict) or type(element.get("attempt")) is not int:
+    if not isinstance(element, dict):
         expected = '{"taskId", "attempt", "seconds", "state"}'
         raise ValueError(f"tasks: expected {expected}, got {task.shorten(element)}")
     return Named(
         task.parse_uuid(element.get("taskId")),
-        element["attempt"],
+        task.parse_integer(element.get("attempt"), "attempt"),
         task.parse_seconds(element.get("seconds"), "seconds"),
         task.parse_word(element.get("state"), "state"),
         None if element.get("sent") is None else task.parse_sent(element["sent"], "sent"),
@@ -244,8 +246,8 @@ def rescue_lost(cursor: Any, as_of: float) -> list[str]:
     """Return to pending what was sent and whose lease was over at a time of the database, in
     seconds since 1970; return the ids."""
     seconds = process.SENT_TIMEOUT_SECONDS
-    cursor.execute(CUT_LEASES, {"limit": database.HOUSEKEEPING_ROWS, "seconds": seconds})
-    cursor.execute(RESCUE_LOST_TASKS, {"limit": database.HOUSEKEEPING_ROWS, "as_of": as_of})
+    cursor.execute(CUT_LEASES, {"limit": RESCUED_ROWS, "seconds": seconds})
+    cursor.execute(RESCUE_LOST_TASKS, {"limit": RESCUED_ROWS, "as_of": as_of})
     return [task_id for (task_id,) in cursor]
 
 

@@ -108,6 +108,7 @@ class OperatorApi:
             limit = parse_limit(fields.get("limit"))
             if fields.get("cursor"):
                 filter_, place = task_list.decode(fields["cursor"])
+                task_list.parse_filter({"status": filter_.status} | fields)  # nothing bad beside it
             else:
                 filter_ = task_list.parse_filter(fields)
         except ValueError as error:

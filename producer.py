@@ -3,6 +3,7 @@ RabbitMQ from background threads.
 
 Run it with `python producer.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
 
+import contextlib
 import logging
 import sys
 import threading
@@ -137,10 +138,10 @@ def get_task_data() -> bytes:
 
 def parse_wait(value: Any) -> float:
     """Return how many seconds a client waits for the end of a task."""
-    try:
-        seconds = float(value or 0)
-    except ValueError:
-        seconds = -1.0
+    seconds = -1.0
+    if "_" not in (value or ""):  # float() takes 1_0
+        with contextlib.suppress(ValueError):
+            seconds = float(value or 0)
     if not 0 <= seconds <= MAX_WAIT_SECONDS:
         expected = f"expected seconds from 0 to {MAX_WAIT_SECONDS}"
         raise ValueError(f"wait: {expected}, got {task.shorten(value)}")

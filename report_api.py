@@ -2,7 +2,6 @@
 consumers' heartbeat."""
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import bottle
@@ -68,7 +67,8 @@ class ReportApi:
         reports, reasons = parse_each(elements)
         query = api.read_form(bottle.request.query_string)
         if "host" in query:
-            note_host(reports.values(), query["host"])
+            for report in reports.values():
+                report.host = report.host or query["host"]
         skip_locked = query.get("skipLocked") == "true"
         verdicts = dict(zip(reports, self.apply(list(reports.values()), skip_locked), strict=True))
         lists: dict[str, list[int]] = {
@@ -141,16 +141,9 @@ def parse_each(elements: list[Any]) -> tuple[dict[int, task.Report], dict[int, s
     return reports, reasons
 
 
-def note_host(reports: Iterable[task.Report], host: str) -> None:
-    """Note where the tasks ran, for reports that do not say it."""
-    try:
-        host = task.parse_word(host, "host")
-    except ValueError as error:
-        api.refuse(400, str(error))
-    for report in reports:
-        report.host = report.host or host
-
-
-def id_of(element: Any) -> Any:
-    """Return what a rejected element called its id, as far as it had one."""
-    return element.get("taskId") if isinstance(element, dict) else None
+def id_of(element: Any) -> str | None:
+    """Return what a rejected element called its id, as far as it had one that JSON can carry."""
+    value = element.get("taskId") if isinstance(element, dict) else None
+    if value is None or (isinstance(value, str) and task.UUID.fullmatch(value)):
+        return value
+    return task.shorten(value)

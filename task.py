@@ -190,11 +190,20 @@ def parse_outcome(value: Any, name: str) -> str:
     return parse_text(value, name, MAX_OUTCOME_BYTES)
 
 
+def parse_integer(value: Any, name: str) -> int:
+    """Return an integer; 1.0 is one too, as JSON Schema says."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not int:
+        raise ValueError(f"{name}: expected an integer, got {shorten(value)}")
+    return value
+
+
 def parse_sent(value: Any, name: str) -> int:
     """Return what a message says of its row's sent_at, in microseconds since 1970."""
-    if type(value) is not int or abs(value) >= 2**63:
+    if abs(sent := parse_integer(value, name)) >= 2**63:
         raise ValueError(f"{name}: expected microseconds since 1970, got {shorten(value)}")
-    return value
+    return sent
 
 
 def parse_flag(value: Any, name: str) -> bool:
@@ -255,9 +264,8 @@ def parse_report(element: Any) -> Report:
     report = Report(parse_uuid(element.get("taskId")))
     if element.get("taskStatus") is not None:
         report.status = parse_status(element["taskStatus"])
-    report.attempt = element.get("attempt")
-    if report.attempt is not None and type(report.attempt) is not int:
-        raise ValueError(f"attempt: expected an integer, got {shorten(report.attempt)}")
+    if (attempt := element.get("attempt")) is not None:
+        report.attempt = parse_integer(attempt, "attempt")
     for name, value in element.items():
         if value is not None and name in REPORT_FIELDS:
             setattr(report, ATTRIBUTES[name], REPORT_FIELDS[name](value, name))
@@ -277,5 +285,8 @@ def storable(value: Any) -> str:
 
 def shorten(value: Any) -> str:
     """Return a value as it may stand in an error message."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:  # json.loads() has just taken it, a call less deep
+        text = "what is nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."

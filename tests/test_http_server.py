@@ -17,6 +17,7 @@ import pytest
 import http_connection
 import http_limits
 import http_server
+from http_message import Refused
 from tests.stack import until
 
 MIB = 1024 * 1024
@@ -42,9 +43,11 @@ def echo(environ: dict, start_response: Callable) -> list[bytes]:
     return [line.encode("latin-1"), body]
 
 
-def refuse_all(environ: dict) -> str | None:
+def refuse_all(environ: dict) -> Refused | None:
     """Allow nothing but /open."""
-    return None if environ["PATH_INFO"] == "/open" else "expected a token"
+    if environ["PATH_INFO"] == "/open":
+        return None
+    return Refused("401 Unauthorized", "expected a token", ("WWW-Authenticate", "Bearer"))
 
 
 @pytest.fixture
@@ -148,6 +151,8 @@ def test_expect_100_continue_is_answered_before_the_body(client: Client) -> None
         (b"GET / HTTP/1.1\r\nA: b\0c\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nA: b\x1bc\r\n\r\n", 400),
         (b"GET /\0 HTTP/1.1\r\n\r\n", 400),
+        (b"GET /a\xff HTTP/1.1\r\n\r\n", 400),
+        (b"GET /a%C3 HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nA:" + b" " * 30_000 + b"\n\r\n\r\n", 400),
         (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),

@@ -1,8 +1,10 @@
 """The operator's calls over real PostgreSQL and RabbitMQ: lists, actions on many tasks, pause,
 waiting, statistics, metrics, and who may call."""
 
+import base64
 import concurrent.futures
 import datetime
+import json
 import os
 import re
 import signal
@@ -22,6 +24,7 @@ import pool
 import task_list
 from tests.stack import Stack, run_sql, until
 
+TASK = "d5474d4e-0069-4601-98d4-742e54cc4fe3"
 REASONS = ("KeyError: 'price'", "HTTP 502 from the shop", "timed out after 5 s")
 
 
@@ -59,6 +62,13 @@ def insert(stack: Stack, count: int, status: str, error: str | None = None) -> N
         " FROM generate_series(1, %s) AS number",
         *(status, error, status, status, count),
     )
+
+
+def cursor(status: str, key: Any) -> str:
+    """Return what a list could answer as `next`."""
+    fields = [status, None, None, None, key, TASK]
+    data = json.dumps(["list-tasks", *fields]).encode()
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 @pytest.fixture
@@ -124,6 +134,9 @@ def test_a_list_cuts_texts_and_reads_a_bounded_number_of_rows(idle: Stack) -> No
         ({"status": "error", "error": "\0"}, "error: expected no NUL"),
         ({"cursor": "nonsense"}, "cursor: expected the `next` of an earlier answer"),
         ({"cursor": "W10"}, "cursor: expected"),
+        ({"cursor": cursor("pending", 10**400)}, "cursor: expected"),
+        ({"cursor": cursor("pending", 0.5), "status": "done"}, "status: expected one of"),
+        ({"cursor": cursor("pending", 0.5), "from": "yesterday"}, "from: expected ISO 8601"),
     ],
 )
 def test_a_bad_list_query_says_what_was_expected(idle: Stack, query: dict, expected: str) -> None:
@@ -204,6 +217,8 @@ def test_a_locked_row_holds_up_no_other_of_an_action(idle: Stack) -> None:
         ("cancel-tasks", {"status": "sent", "dryRun": 1}, "dryRun: expected true or false"),
         ("cancel-tasks", {"status": "sent", "dryrun": True}, "expected only taskIds, status"),
         ("cancel-tasks", {"cursor": "x"}, "cursor: expected"),
+        ("cancel-tasks", {"cursor": cursor("pending", 10**400)}, "cursor: expected"),
+        ("cancel-tasks", {"cursor": cursor("sent", TASK), "before": "now"}, "before: expected"),
     ],
 )
 def test_a_bad_action_says_what_was_expected(
@@ -249,7 +264,7 @@ def test_a_client_that_waits_hears_of_the_end_at_once(stack: Stack) -> None:
         assert time.monotonic() - ended < 5
     assert call(stack, "get-task-data", taskId=task_id, wait=60).json()["taskStatus"] == "success"
     assert call(stack, "get-task-data", taskId=str(uuid.uuid4()), wait=9).status_code == 404
-    for bad in ("-1", "61", "x", "nan"):
+    for bad in ("-1", "61", "x", "nan", "1_0"):
         assert call(stack, "get-task-data", taskId=task_id, wait=bad).status_code == 400
 
 

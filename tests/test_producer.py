@@ -69,6 +69,8 @@ def test_a_repeated_task_id_is_one_task_and_another_text_a_conflict(api: Stack) 
         (b"[]", 400, "expected 1 to 10000 tasks"),
         (b'{"text": ""}', 400, "at least one character"),
         (b'{"text": 5}', 400, "expected a string, got 5"),
+        (b'{"text": NaN}', 400, "expected a JSON body: JSON has no NaN"),
+        (b'{"text": "a", "timeoutSeconds": -Infinity}', 400, "JSON has no -Infinity"),
         (b'{"text": null}', 400, "expected a string, got None"),
         (b'{"text": "a\\u0000b"}', 400, "NUL"),
         (b'{"text": "\\ud800"}', 400, "surrogates"),
@@ -148,6 +150,7 @@ def test_bad_updates_say_what_was_expected(api: Stack) -> None:
         ({"taskId": task_id, "taskStatus": "sent"}, 409, "only the dispatcher"),
         ({"taskId": task_id, "taskStatus": "success", "attempt": 7}, 409, "stale"),
         ({"taskId": task_id, "taskStatus": "success", "attempt": "x"}, 400, "attempt"),
+        ({"taskId": task_id, "taskStatus": "success", "attempt": "0_1"}, 400, "attempt"),
     ):
         answer = api.put(**fields)
         assert (answer.status_code, expected in answer.json()["error"]) == (status, True), (
@@ -183,12 +186,47 @@ def test_an_array_of_reports_is_judged_one_by_one(api: Stack) -> None:
     assert api.get(first)["result"] == "fine"
 
 
+def test_an_id_that_json_cannot_carry_is_rejected_like_any_other(api: Stack) -> None:
+    url, headers = api.url + PUT, {"Content-Type": "application/json"}
+    for body in (b'[{"taskId": "\\ud800"}]', b'[{"taskId": 1e999}]'):
+        answer = api.session.put(url, data=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["rejected"][0]["reason"].startswith("taskId: expected a UUID")
+    for depth in range(900, 1010):  # somewhere here json.loads() gives up
+        nested = b"[" * depth + b"]" * depth
+        body = b'[{"taskId": ' + nested + b"}]"
+        assert api.session.put(url, data=body, headers=headers).status_code in (200, 400)
+        body = b'{"text": ' + nested + b"}"
+        assert api.session.post(api.url + CREATE, data=body).status_code == 400
+
+
+def test_a_body_hides_nothing_bad_in_the_query(api: Stack) -> None:
+    [task_id] = api.create("a")
+    body = {"taskId": task_id, "taskStatus": "error"}
+    for query in (
+        {"skipLocked": "yes"}, {"taskId": "5"}, {"taskStatus": "done"}, {"host": "x" * 256},
+    ):  # fmt: skip
+        for each in (body, [body]):
+            answer = api.put(each, **query)
+            assert answer.status_code == 400 and answer.json()["error"].startswith(*query)
+    assert api.put([body], skipLocked="false", host="here").json()["updated"] == 1
+
+
+def test_a_whole_number_may_have_a_point(api: Stack) -> None:
+    [task_id] = api.create("a")
+    body = b'{"taskId": "%s", "taskStatus": "success", "attempt": 1.0}' % task_id.encode()
+    answer = api.session.put(api.url + PUT, data=body)
+    assert (answer.status_code, answer.json()["taskStatus"]) == (200, "success")
+
+
 def test_a_token_guards_the_api_and_nothing_else(stack: Stack) -> None:
     stack.producer(API_TOKEN="secret")
     assert stack.session.get(stack.url + "/healthz").status_code == 200
     refused = stack.session.post(stack.url + CREATE, json={"text": "a"})
     assert refused.status_code == 401 and "Authorization: Bearer" in refused.json()["error"]
     assert stack.session.post(f"{stack.url}/{CREATE}", json={"text": "a"}).status_code == 401
+    for path in ("/ap%ffi/v1/create-task", "/api%c3/v1/create-task", "/metrics%80"):
+        assert stack.session.post(stack.url + path, json={"text": "a"}).status_code == 400
     headers = {"Authorization": "Bearer secret"}
     allowed = stack.session.post(stack.url + CREATE, json={"text": "a"}, headers=headers)
     assert allowed.status_code == 201
