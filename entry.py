@@ -57,6 +57,16 @@ class Entry:
         if self.held:
             settle([(self, HELD)])
 
+    def named(self, now: float) -> dict[str, Any]:
+        """Return what the heartbeat says of it."""
+        return {
+            "taskId": self.message.id,
+            "attempt": self.message.attempt,
+            "sent": self.message.sent,
+            "seconds": round(max(0.0, now - (self.started or self.since)), 3),
+            "state": "running" if self.state == FED and self.started else self.state,
+        }
+
     def report(self, **fields: Any) -> Report:
         """Return a report of this attempt by this message."""
         return Report(

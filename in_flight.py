@@ -215,16 +215,7 @@ class InFlight:
                 if entry.held or now - entry.since > NAMED_SECONDS
             ]
             entries.sort(key=lambda entry: not entry.held)
-            return [
-                {
-                    "taskId": entry.message.id,
-                    "attempt": entry.message.attempt,
-                    "sent": entry.message.sent,
-                    "seconds": round(max(0.0, now - (entry.started or entry.since)), 3),
-                    "state": "running" if entry.state == FED and entry.started else entry.state,
-                }
-                for entry in entries[:MAX_NAMED]
-            ]
+            return [entry.named(now) for entry in entries[:MAX_NAMED]]
 
     def heard(self, held: list[Key], stop: list[Key], skew: float) -> None:
         """Act on the answer to a heartbeat: ack what the row holds, stop what is not ours."""

@@ -19,6 +19,7 @@ BOUNDS = [float(f"{step}e{power}") for power in range(-3, 5) for step in STEPS] 
 SHOWN_BOUNDS = [each for each in BOUNDS if f"{each:e}"[:4] in ("1.00", "2.50", "5.00")]
 REQUEST_BOUNDS = [each for each in SHOWN_BOUNDS if each <= 100]
 KEPT_MINUTES = 60
+ALIVE_SECONDS = 30  # a consumer that is silent for longer is not counted
 
 
 @dataclass(slots=True)
@@ -246,3 +247,39 @@ def render(metrics: Metrics) -> list[str]:
             for line in histogram_lines(name, histogram, REQUEST_BOUNDS, route=route, code=code)
         ]
         return lines + family(name, "histogram", "Answers by route.", requests)
+
+
+def render_gauges(stats: dict[str, Any], turned_at: float) -> list[str]:
+    """Return the gauges of the whole service in Prometheus' text format; turned_at: of the
+    dispatcher's last turn, in seconds since 1970."""
+    consumers, age = stats["consumers"], stats["pendingAge"]
+    alive = [each for each in consumers or () if each["silentSeconds"] <= ALIVE_SECONDS]
+    workers = {name: sum(each[name] for each in alive) for name in ("concurrency", "busy")}
+    gauges = [  # name, help, value, whether it is known
+        ("oldest_pending_seconds", "Age of the oldest of a thousand pending.",
+         (age and age["oldest"]) or 0, age is not None),
+        ("consumers", "Consumers.", len(alive), consumers is not None),
+        ("workers", "Worker processes, at most.", workers["concurrency"], consumers is not None),
+        ("workers_busy", "Workers with a task.", workers["busy"], consumers is not None),
+        ("dispatch_paused", "1 while dispatch is paused.", stats["paused"],
+         stats["paused"] is not None),
+        ("dispatcher_last_turn_timestamp_seconds", "Of this producer.", turned_at, True),
+    ]  # fmt: skip
+    current = [
+        sample(
+            "tasks_current", int(str(count).removesuffix("+")) + ("+" in str(count)), status=name
+        )
+        for name, count in stats["counts"].items()
+        if count is not None
+    ]
+    depths = [
+        sample("tasks_broker_messages", depth, queue=name)
+        for name, depth in (stats["queues"] or {}).items()
+    ]
+    lines = family("tasks_current", "gauge", "Tasks by status, 10001 for more than 10000.", current)
+    lines += family("tasks_broker_messages", "gauge", "Messages that wait in a queue.", depths)
+    for name, help_, value, is_known in gauges:
+        samples = [sample(f"tasks_{name}", value)] if is_known else []
+        lines += family(f"tasks_{name}", "gauge", help_, samples)
+    build = sample("tasks_build_info", 1, version=stats["version"])
+    return lines + family("tasks_build_info", "gauge", "Of this producer.", [build])

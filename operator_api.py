@@ -160,11 +160,13 @@ class OperatorApi:
     def render_metrics(self) -> bytes:
         """Answer everything in Prometheus' text format; what the database knows only while it is
         there."""
-        lines = metrics.render(self.metrics)
         try:
-            lines += stats.render(self.stats.read(), self.dispatcher.turn_time())
+            known = self.stats.read()
         except pool.Unavailable as error:
-            log.debug("no gauges: %s", process.printable(error))
+            log.debug("few gauges: %s", process.printable(error))
+            known = self.stats.without_database()
+        lines = metrics.render(self.metrics)
+        lines += metrics.render_gauges(known, self.dispatcher.turn_time())
         bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
         return ("\n".join(lines) + "\n").encode()
 

@@ -6,7 +6,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -80,6 +80,24 @@ GROUP BY reason
 """
 
 
+class Bounded:
+    """A cursor whose statements end at a deadline: one trip for each, and nothing of the session
+    changes."""
+
+    def __init__(self, cursor: Any, deadline: float) -> None:
+        self.cursor = cursor
+        self.deadline = deadline  # of time.monotonic()
+        self.fetchone = cursor.fetchone
+
+    def execute(self, statement: str, arguments: dict[str, Any] | None = None) -> None:
+        """Run a statement; raise QueryCanceled at the deadline."""
+        left = max(int((self.deadline - time.monotonic()) * 1000), 1)
+        self.cursor.execute(f"SET LOCAL statement_timeout = {left}; {statement}", arguments)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.cursor)
+
+
 class Stats:
     """The last answer. One thread reads the next one while others wait for it, but not for long."""
 
@@ -91,14 +109,15 @@ class Stats:
         self.changed = threading.Condition()
         self.wanted = False
         self.read_at = -math.inf  # of time.monotonic(), when the last try began
+        self.changed_at = -math.inf  # the same: what was read before is not true any more
         self.last: dict[str, Any] = {}
         self.failure = ""
 
     def read(self) -> dict[str, Any]:
         """Return the answer of get-stats but for what depends on the caller. Raise Unavailable
         without a database, or if that does not answer."""
-        oldest = time.monotonic() - MAX_AGE_SECONDS
         with self.changed:
+            oldest = max(time.monotonic() - MAX_AGE_SECONDS, self.changed_at)
             if self.read_at < oldest:
                 self.wanted = True
                 self.changed.notify_all()
@@ -108,10 +127,19 @@ class Stats:
                 raise pool.Unavailable(self.failure)
             return self.last
 
+    def without_database(self) -> dict[str, Any]:
+        """Return what metrics.render_gauges() can tell without a database."""
+        unknown: dict[str, Any] = dict.fromkeys(("pendingAge", "consumers", "paused"))
+        return unknown | {
+            "counts": {},
+            "queues": self.dispatcher.depths(),
+            "version": process.VERSION,
+        }
+
     def forget(self) -> None:
-        """Have the next call read everything anew."""
+        """Tell nothing any more that was read before now."""
         with self.changed:
-            self.read_at = -math.inf
+            self.changed_at = time.monotonic()
 
     def run(self, stop: threading.Event) -> None:
         """Read whenever somebody asks, until stop is set: the body of a thread."""
@@ -135,6 +163,7 @@ class Stats:
 
     def read_parts(self, cursor: Any) -> dict[str, Any]:
         """Read each part by a statement of its own; one that takes too long is None."""
+        cursor = Bounded(cursor, time.monotonic() + BUDGET_SECONDS)
         readers: dict[str, Callable[[], Any]] = {
             "pause": lambda: one(cursor, SELECT_PAUSE),
             "consumers": lambda: read_consumers(cursor),
@@ -145,18 +174,12 @@ class Stats:
         for status, statement in COUNTS.items():
             readers[status] = lambda statement=statement: one(cursor, statement)[0]  # type: ignore[misc]
         parts: dict[str, Any] = {}
-        deadline = time.monotonic() + BUDGET_SECONDS
         for name, read in readers.items():
-            left = max(int((deadline - time.monotonic()) * 1000), 1)
             try:
-                cursor.execute(f"SET statement_timeout = {left}")
                 parts[name] = read()
-            except psycopg2.errors.QueryCanceled:
+            except (psycopg2.errors.QueryCanceled, psycopg2.errors.LockNotAvailable):
                 parts[name] = None
-                log.debug("%s was not read in %d ms", name, left)
-            except psycopg2.errors.LockNotAvailable:
-                parts[name] = None
-        cursor.execute("RESET statement_timeout")
+                log.debug("%s was not read in time", name)
         return parts
 
     def put_together(self, parts: dict[str, Any]) -> dict[str, Any]:
@@ -259,41 +282,3 @@ def fold(reasons: list[tuple[str, int, Any]]) -> list[tuple[str, int, Any]]:
             merged[prefix] = known[0] + count, max(known[1], latest)
         reasons = [(prefix, *values) for prefix, values in merged.items()]
     return sorted(reasons, key=lambda each: -each[1])
-
-
-def render(stats: dict[str, Any], turned_at: float) -> list[str]:
-    """Return the gauges of the whole service in Prometheus' text format; turned_at: of the
-    dispatcher's last turn, in seconds since 1970."""
-    sample, family = metrics.sample, metrics.family
-    counts, ages, queues = stats["counts"], stats["pendingAge"] or {}, stats["queues"] or {}
-    consumers = stats["consumers"]
-    alive = [each for each in consumers or () if each["silentSeconds"] <= SILENT_SECONDS / 2]
-    current = [
-        sample("tasks_current", MOST + 1 if isinstance(count, str) else count, status=status)
-        for status, count in counts.items()
-        if count is not None
-    ]
-    gauges: dict[str, tuple[str, float | None]] = {
-        "tasks_oldest_pending_seconds": (
-            "Age of the oldest of a thousand pending tasks.",
-            None if stats["pendingAge"] is None else ages["oldest"] or 0,
-        ),
-        "tasks_consumers": ("Consumers.", None if consumers is None else len(alive)),
-        "tasks_workers": (
-            "Worker processes, at most.",
-            None if consumers is None else sum(each["concurrency"] for each in alive),
-        ),
-        "tasks_workers_busy": (
-            "Workers with a task.",
-            None if consumers is None else sum(each["busy"] for each in alive),
-        ),
-        "tasks_dispatch_paused": ("1 while dispatch is paused.", stats["paused"]),
-        "tasks_dispatcher_last_turn_timestamp_seconds": ("Of this producer.", turned_at),
-    }
-    lines = family("tasks_current", "gauge", "Tasks by status, 10001 for more than 10000.", current)
-    depths = [sample("tasks_broker_messages", depth, queue=name) for name, depth in queues.items()]
-    lines += family("tasks_broker_messages", "gauge", "Messages that wait in a queue.", depths)
-    for name, (help_, value) in gauges.items():
-        lines += family(name, "gauge", help_, [] if value is None else [sample(name, value)])
-    build = sample("tasks_build_info", 1, version=stats["version"])
-    return lines + family("tasks_build_info", "gauge", "Of this producer.", [build])

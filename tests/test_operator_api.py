@@ -540,7 +540,9 @@ def test_a_frozen_database_holds_up_neither_statistics_nor_metrics(stack: Stack)
         time.sleep(1.1)  # what was read is old by then
         began = time.monotonic()
         assert call(stack, "get-stats").status_code == 503
-        assert "tasks_created_total" in stack.session.get(f"{stack.url}/metrics").text
+        text = stack.session.get(f"{stack.url}/metrics").text
+        assert "tasks_created_total 0" in text and "tasks_broker_messages{" in text
+        assert "tasks_current{" not in text
         assert time.monotonic() - began < 5
     finally:
         for pid in pids:
