@@ -83,7 +83,9 @@ def parse(body: Any, action: Action, now: datetime) -> Request:
         raise ValueError(f"expected {EXPECTED}, got {task.shorten(body)}")
     if unknown := body.keys() - set(FIELDS):
         raise ValueError(f"expected only {', '.join(FIELDS)}, got {task.shorten(min(unknown))}")
-    given = {name: value for name, value in body.items() if value not in (None, "")}
+    given = {name: value for name, value in body.items() if value is not None}
+    if given.get("error") == "":  # every error begins with that
+        raise ValueError("error: expected at least one character")
     dry_run = task.parse_flag(given.get("dryRun", False), "dryRun")
     is_filter = bool(given.keys() & {"status", "error", "before"})
     if "taskIds" in given:

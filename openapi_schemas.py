@@ -204,7 +204,7 @@ def action_body(action: bulk.Action) -> Json:
     by_id = {"taskIds": ids, "dryRun": flag, "cursor": nullable(UUID)}
     by_filter = {
         "status": enum(*action.views),
-        "error": OUTCOME | {"description": "What the error begins with."},
+        "error": OUTCOME | {"minLength": 1, "description": "What the error begins with."},
         "before": ANY_TIME | {"description": "Only what was so before; else before the call."},
         "dryRun": FLAG | {"description": "Only count."},
         "cursor": CURSOR,

@@ -6,19 +6,19 @@ from typing import Any
 
 import schemathesis
 
-# One status that each call may go on with, and where.
+# What a cursor of each call begins with, one status that it may go on with, and where.
 PLACES = {
-    "listTasks": ("pending", 0.5),
-    "retryTasks": ("error", "2030-01-31T12:00:00Z"),
-    "cancelTasks": ("pending", 0.5),
+    "listTasks": ("list-tasks", "pending", 0.5),
+    "retryTasks": ("retry-tasks", "error", "2030-01-31T12:00:00Z"),
+    "cancelTasks": ("cancel-tasks", "pending", 0.5),
 }
 TASK = "d5474d4e-0069-4601-98d4-742e54cc4fe3"
 SHORT_SECONDS = 0.1
 
 
-def cursor(status: str, key: Any) -> str:
-    """Return what a page of a list answers as `next`."""
-    fields = [status, None, None, None, key, TASK]
+def cursor(call: str, status: str, key: Any) -> str:
+    """Return what a call answers as `next`."""
+    fields = [call, status, None, None, None, key, TASK]
     return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip("=")
 
 
@@ -37,3 +37,5 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
             continue
         if "taskIds" not in fields:  # beside them it is an id
             fields["cursor"] = cursor(*place)
+            if fields is case.body:  # what it has to agree with
+                fields |= dict.fromkeys(("status", "error", "before"))
