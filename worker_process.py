@@ -84,14 +84,10 @@ class WorkerProcess:
             env=os.environ | IMITATION,
             start_new_session=True,
         )
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            os.set_blocking(pipe.fileno(), False)
-        self.stdin, self.stdout, self.stderr = (
-            pipe.fileno()
-            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr)
-            if pipe is not None
-        )
+        pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
+        self.stdin, self.stdout, self.stderr = (pipe.fileno() for pipe in pipes if pipe)
+        for descriptor in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(descriptor, False)
         self.began = time.monotonic()
         self.ready = False
         self.refusal = ""  # why it will never be ready
@@ -106,7 +102,7 @@ class WorkerProcess:
         self.failure = ""  # what its task fails with, if that is the worker's fault
         self.kill_at = 0.0  # it is to end, by then at last
         self.retired = False  # it may end by itself
-        self.log_second, self.log_bytes = 0, 0
+        self.log_second, self.log_bytes, self.unlogged = 0, 0, b""
 
     def feed(self, entries: list[Entry], now: float) -> None:
         """Write tasks, each as a line and a ticket; the first one runs if nothing else does."""
@@ -211,14 +207,17 @@ class WorkerProcess:
             data = os.read(self.stderr, READ_BYTES)
         except BlockingIOError:
             return True
-        second = int(time.monotonic())
-        if second != self.log_second:
+        if (second := int(time.monotonic())) != self.log_second:
             self.log_second, self.log_bytes = second, 0
-        task_id = self.fed[0].message.id if self.fed else "no task"
-        for line in data[: max(0, LOG_BYTES_A_SECOND - self.log_bytes)].splitlines():
-            text = line[:MAX_LOG_LINE_BYTES].decode("utf-8", "replace")
-            log.info("%s: %s", task_id, "".join(c if c.isprintable() else " " for c in text))
+        self.unlogged += data[: max(0, LOG_BYTES_A_SECOND - self.log_bytes)]
         self.log_bytes += len(data)
+        lines = self.unlogged.split(b"\n")
+        is_over = not data or len(lines[-1]) > MAX_LOG_LINE_BYTES  # else the line may go on
+        self.unlogged = b"" if is_over else lines.pop()
+        for line in filter(None, lines):
+            text = line[:MAX_LOG_LINE_BYTES].decode("utf-8", "replace")
+            task_id = self.fed[0].message.id if self.fed else "no task"
+            log.info("%s: %s", task_id, "".join(c if c.isprintable() else " " for c in text))
         return bool(data)
 
     def signal(self, number: int) -> None:

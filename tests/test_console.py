@@ -277,9 +277,11 @@ def test_a_producer_that_goes_away_is_missed_and_welcomed_back(
     wait_text(browser, "#health", "All is well", 60)
     producer.kill()
     wait_text(browser, "#away", "The producer does not answer")
-    wait_text(browser, "#health", "All is well")  # what is known is still shown
+    wait_text(browser, "#health", "The producer does not answer")
+    wait_text(browser, "main", "Workers busy")  # what is known is still shown
     stack.producer()
     browser.wait(lambda: not browser.find_all("#away"), timeout=60)
+    wait_text(browser, "#health", "All is well", 60)
     expect_complaints(browser, "ERR_")
 
 
