@@ -2,6 +2,7 @@
 and the drain beside open consoles."""
 
 import contextlib
+import http.client
 import itertools
 import threading
 import time
@@ -9,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
-import requests
 
 from tests import load
 from tests.measured import Measured, Side
+from tests.worker_parts import family, processor_seconds
 
 Results = dict[str, float]
 
@@ -20,6 +21,7 @@ ROWS = 10**7
 CALLS = 200  # of each kind
 CONSOLES = 5
 CONSOLE_SECONDS = 2  # between two refreshes of each
+PRICE_SECONDS = 20
 DRAINED = 30_000
 WARM = 2000  # runs before the clock starts
 # Shares of the rows in each status.
@@ -92,11 +94,12 @@ def consoles(bench: Measured, count: int) -> Iterator[None]:
     stop = threading.Event()
 
     def look(number: int) -> None:
-        session = requests.Session()
+        client = http.client.HTTPConnection("127.0.0.1", bench.port, timeout=60)  # takes little
         status = ("error", "success", "pending", "sent")[number % 4]
         while not stop.wait(CONSOLE_SECONDS):
             for call in ("get-stats", f"list-tasks?status={status}"):
-                session.get(f"{bench.url}/api/v1/{call}", timeout=60)
+                client.request("GET", f"/api/v1/{call}")
+                client.getresponse().read()
 
     threads = [threading.Thread(target=look, args=(number,)) for number in range(count)]
     for thread in threads:
@@ -107,6 +110,21 @@ def consoles(bench: Measured, count: int) -> Iterator[None]:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def price(bench: Measured, producer: int) -> float:
+    """Return the milliseconds of processor a second that the service takes for its consoles. The
+    drain beside them differs by less than it does from run to run."""
+    pids = [producer, bench.postgres.pid]
+    taken = []
+    for count in (0, CONSOLES):
+        with consoles(bench, count):
+            time.sleep(CONSOLE_SECONDS)
+            before = processor_seconds(each for pid in pids for each in family(pid))
+            time.sleep(PRICE_SECONDS)
+            after = processor_seconds(each for pid in pids for each in family(pid))
+        taken.append((after - before) / PRICE_SECONDS)
+    return 1000 * (taken[1] - taken[0])
 
 
 def drain_rate(bench: Measured, count: int) -> float:
@@ -134,13 +152,14 @@ def views(side: Side) -> Results:
             began = time.monotonic()
             fill(bench, ROWS, mix)
             print(f"{name}: filled in {time.monotonic() - began:.0f} s", flush=True)
-            with bench.running("producer"):
+            with bench.running("producer") as [producer]:
                 [task_id] = bench.create("x")
                 calls = QUERIES | {"get-task-data": f"get-task-data?taskId={task_id}"}
                 for call, path in calls.items():
                     p50, p99 = timed(bench, path)
                     results[f"{name}: {call} p50 ms"] = p50
                     results[f"{name}: {call} p99 ms"] = p99
+                results[f"{name}: consoles, ms/s"] = price(bench, producer.pid)
                 body = {"status": "error", "error": "reason C", "dryRun": True}
                 p50, p99 = timed(bench, "retry-tasks", body, 5)
                 results[f"{name}: count a reason p50 ms"] = p50
