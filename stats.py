@@ -23,7 +23,7 @@ log = logging.getLogger("stats")
 
 MAX_AGE_SECONDS = 1.0  # of what is told
 BUDGET_SECONDS = 0.24  # for all statements together
-WAIT_SECONDS = 1.0  # for a database that does not answer at all
+WAIT_SECONDS = 3.0  # for a database that does not answer, or a machine that is very busy
 MOST = 10_000  # counted exactly
 SILENT_SECONDS = 60  # a consumer that is silent for longer is gone
 NAMED = 20  # of a consumer's tasks
