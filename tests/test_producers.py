@@ -133,6 +133,7 @@ def check(stack: Stack, clients: list[Client]) -> None:
     assert runs.keys() == set(tasks.values())
     again = sum(runs.values()) - len(runs)
     print(f"{len(tasks)} tasks, each a row and ended; {again} ran twice")
-    # The one that was killed may have had the broker's answer and not yet the database's.
-    assert again <= 1
+    # The one that was killed may have had the broker's answer and not yet the database's, for one
+    # task of each client.
+    assert again <= len(clients)
     assert failures(clients).keys() <= {"502", "503", "504", "broken"}
