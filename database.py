@@ -140,7 +140,9 @@ FROM json_to_recordset(%(rows)s) AS new (
 WHERE tasks.id = new.id
 """
 
-SHOW_SYNCHRONOUS_STANDBYS = "SHOW synchronous_standby_names"
+SELECT_SYNCHRONOUS = """
+SELECT current_setting('synchronous_standby_names') = '', current_setting('synchronous_commit')
+"""
 
 
 class NewTask(NamedTuple):
@@ -274,7 +276,10 @@ def read_now(cursor: Any) -> datetime:
     return now
 
 
-def has_synchronous_standby(cursor: Any) -> bool:
-    """Tell whether a COMMIT waits for a standby."""
-    cursor.execute(SHOW_SYNCHRONOUS_STANDBYS)
-    return bool(cursor.fetchone()[0])
+def what_commits_lack(cursor: Any) -> str:
+    """Return why a COMMIT does not wait for a standby, "" if it does."""
+    cursor.execute(SELECT_SYNCHRONOUS)
+    nobody, level = cursor.fetchone()
+    if nobody:
+        return "synchronous_standby_names is empty"
+    return f"synchronous_commit is {level}" if level in ("local", "off") else ""

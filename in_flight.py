@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from entry import ACK, ALLOWED, DEAD_LETTER, DONE, FED, HELD, Entry, Key, settle
+from entry import ACK, ALLOWED, DONE, FED, HELD, Entry, Key, settle
 from outcomes import Answer, Outcomes
-from task import ENDED, MAX_NAMED, Report
+from task import MAX_NAMED, Report
 from waiting import Waiting
 
 log = logging.getLogger("in_flight")
@@ -177,8 +177,7 @@ class InFlight:
                     self.waiting.asking.pop(entry, None)
                     self.outcomes.put_off(entry, report)
                 elif self.outcomes.take_first(report):
-                    is_over = refused or report.release is not None or report.status in ENDED
-                    verdicts.append((entry, ACK if is_over else DEAD_LETTER))
+                    verdicts += self.outcomes.settle(entry, report, refused)
                 elif entry in self.waiting.asking:
                     newer = report.sent != entry.message.sent
                     if newer and (refused or entry.suspect != (report.started is not None)):

@@ -6,8 +6,8 @@ import itertools
 import time
 from typing import NamedTuple
 
-from entry import DONE, Entry
-from task import Report
+from entry import ACK, DEAD_LETTER, DONE, Entry
+from task import ENDED, Report
 
 MAX_GROUP = 1000  # reports in one PUT
 MAX_GROUP_BYTES = 1024 * 1024
@@ -48,6 +48,7 @@ class Outcomes:
                     # A failure goes by its dead letter, if there is a message to make it of.
                     by_letter = entry.deliveries and not entry.held
                     report.status = None if by_letter else "error"
+            report.sent = entry.message.sent  # of the newest copy in hand
             group.append((entry, report))
         return group
 
@@ -57,6 +58,16 @@ class Outcomes:
             return False
         self.done.popleft()
         return True
+
+    def settle(self, entry: Entry, report: Report, refused: bool) -> list[tuple[Entry, str]]:
+        """Return what becomes of the messages of an outcome that was answered. If it was refused
+        and a newer copy came meanwhile, it is reported again: acked now, the row would stay sent.
+        """
+        if refused and report.sent != entry.message.sent:
+            self.done.append((entry, report))
+            return []
+        is_over = refused or report.release is not None or report.status in ENDED
+        return [(entry, ACK if is_over else DEAD_LETTER)]
 
     def put_off(self, entry: Entry, report: Report) -> None:
         """Report an outcome, or ask, later: somebody has locked the row."""

@@ -58,6 +58,15 @@ UNAVAILABLE = (
 )
 
 
+# A pooler gives its server connections to whoever comes next: settings of a session, and the locks
+# of an index build, would be lost or become somebody else's.
+POOLED = (
+    "DATABASE_URL leads to a connection pooler that does not pass on `options`, expected PostgreSQL"
+    " itself: the producer keeps few connections and needs settings of its own in each"
+)
+SELECT_SOURCE = "SELECT source FROM pg_settings WHERE name = 'lock_timeout'"
+
+
 class Unavailable(Exception):
     """The database cannot do it now; nothing was changed, or nobody can know yet."""
 
@@ -109,13 +118,31 @@ def connect(options: str = "") -> Connection:
     }
     parameters["options"] = f"{SERVER_OPTIONS} {options} {parameters.get('options', '')}"
     reasons = []
-    for host in hosts(parameters):
+    known = hosts(parameters)
+    if len(known) > 1:  # a former primary comes back as a standby
+        parameters.setdefault("target_session_attrs", "read-write")
+    for host in known:
         try:
             session: Connection = psycopg2.connect(**(parameters | host))
+            check_options(session)
             return session
         except psycopg2.OperationalError as error:
-            reasons.append(str(error).strip())
+            reason = str(error).strip()
+            reasons.append(POOLED if "unsupported startup parameter" in reason else reason)
     raise psycopg2.OperationalError("; ".join(reasons))
+
+
+def check_options(session: Connection) -> None:
+    """Close the session and raise OperationalError if its settings are not the ones that were asked
+    for: PgBouncer drops them with ignore_startup_parameters = options."""
+    session.autocommit = True
+    with session.cursor() as cursor:
+        cursor.execute(SELECT_SOURCE)
+        source = cursor.fetchone()
+    if source != ("client",):
+        session.close()
+        raise psycopg2.OperationalError(POOLED)
+    session.autocommit = False
 
 
 class Pool:

@@ -168,10 +168,12 @@ def readyz() -> bytes:
 def warn_of_lost_commits() -> None:
     """Log a WARNING if a failover can lose tasks that were answered with 201."""
     try:
-        if pool.has_several_hosts() and not connections.statement(database.has_synchronous_standby):
+        lack = connections.statement(database.what_commits_lack)
+        if lack and pool.has_several_hosts():
             log.warning(
-                "DATABASE_URL names several hosts and synchronous_standby_names is empty: "
-                "a failover loses what the standby has not received yet"
+                "DATABASE_URL names several hosts and %s: "
+                "a failover loses what the standby has not received yet",
+                lack,
             )
     except pool.Unavailable as error:
         log.debug("synchronous_standby_names not read: %s", error)

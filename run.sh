@@ -200,6 +200,18 @@ prepare_browser() {
   if grep -qs '^ID=debian' /etc/os-release; then install_packages "${missing[@]}"; fi
 }
 
+# The tests put PgBouncer and HAProxy beside the service; neither is to run by itself after a boot.
+prepare_peers() {
+  local missing=() name
+  for name in pgbouncer haproxy; do
+    [ -x "/usr/sbin/$name" ] || missing+=("$name")
+  done
+  install_packages "${missing[@]}"
+  if [ "${#missing[@]}" -gt 0 ] && command -v systemctl >/dev/null; then
+    systemctl disable "${missing[@]}" >/dev/null 2>&1 || true
+  fi
+}
+
 up_native() {
   HTTP_PORT=$(http_port)
   export HTTP_PORT
@@ -240,6 +252,7 @@ main() {
     test)
       prepare_native venv-test requirements.txt requirements-test.txt
       prepare_browser
+      prepare_peers
       # Everything: mostly waiting, so side by side; each process has servers of its own.
       [ $# -gt 1 ] || set -- test --numprocesses=3
       exec .run/venv-test/bin/python -m pytest "${@:2}"

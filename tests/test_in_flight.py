@@ -147,6 +147,28 @@ def test_a_newer_copy_takes_the_place_of_an_older_one(
     assert names(tasks.take(1, 1)) == ["a"]
 
 
+@pytest.mark.parametrize("during", [False, True])
+def test_a_failure_is_reported_for_a_newer_copy_that_came_before_its_answer(
+    during: bool, broker: Subscription
+) -> None:
+    tasks = flight()
+    old, new = entry(broker, "a", 1), entry(broker, "a", 2, sent=int(time.time() * 1e6) + 10)
+    tasks.admit([old])
+    [fed] = tasks.take(1, 1)
+    tasks.finish([(fed, fed.report(error="broken"))], 1.0)
+    if during:  # of the PUT, which is refused: the row knows the newer message
+        group = tasks.collect(0.0, float("inf"))
+        tasks.admit([new])
+        tasks.accept(group, Answer({0: "stale"}, set(), set()))
+    else:
+        tasks.admit([new])
+    assert broker.settled == {1: entry_states.ACK}
+    [report] = answered(tasks)
+    assert report.sent == new.message.sent
+    assert broker.settled == {1: entry_states.ACK, 2: entry_states.DEAD_LETTER}
+    assert not tasks.entries and tasks.is_quiet()
+
+
 def test_a_failure_goes_by_its_dead_letter_or_by_the_row_and_counts_once(
     clock: list[float], broker: Subscription
 ) -> None:
