@@ -23,11 +23,12 @@ log = logging.getLogger("stats")
 
 MAX_AGE_SECONDS = 1.0  # of what is told
 BUDGET_SECONDS = 0.24  # for all statements together
-WAIT_SECONDS = 1.0  # for a database that does not answer at all
+WAIT_SECONDS = 3.0  # for a database that does not answer, or a machine that is very busy
 MOST = 10_000  # counted exactly
 SILENT_SECONDS = 60  # a consumer that is silent for longer is gone
 NAMED = 20  # of a consumer's tasks
 REASONS = 10
+RARE = 50  # less than one in so many
 VARIABLE = re.compile(r"(?=[\d'\"])")  # where a text begins to name something
 STATUSES = ("pending", "delayed", "sent", "success", "error")
 
@@ -272,12 +273,13 @@ def read_errors(cursor: Any) -> list[dict[str, Any]]:
 
 
 def fold(reasons: list[tuple[str, int, Any]]) -> list[tuple[str, int, Any]]:
-    """Return reasons by frequency. If they are too many, those that differ from a number or a quote
-    on are one: texts often name what they are about."""
+    """Return reasons by frequency. If they are too many, the rare ones that differ from a number or
+    a quote on are one: texts often name what they are about."""
     if len(reasons) > REASONS:
+        rare = sum(count for _, count, _ in reasons) / RARE
         merged: dict[str, tuple[int, Any]] = {}
         for reason, count, latest in reasons:
-            prefix = VARIABLE.split(reason, maxsplit=1)[0] or reason
+            prefix = reason if count >= rare else VARIABLE.split(reason, maxsplit=1)[0] or reason
             known = merged.get(prefix, (0, latest))
             merged[prefix] = known[0] + count, max(known[1], latest)
         reasons = [(prefix, *values) for prefix, values in merged.items()]

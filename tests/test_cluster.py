@@ -15,11 +15,12 @@ from tests.rabbit_cluster import SIZE, Cluster
 from tests.stack import Stack, until
 
 CREATE_SECONDS = 0.1  # between two tasks
-FLOW_SECONDS = 2  # of work between two harms
+FLOW_SECONDS = 1  # of work between two harms
 # An election takes a second; the rest is for a machine that is busy with something else.
 STALL_SECONDS = 15
-# A client leaves a silent node after 25 to 50 s, and both consumers may be at the same one.
-FREEZE_SECONDS = 52
+# The cluster gives a silent node up after 15 to 25 s, a client leaves it after 25 to 50 s, and both
+# consumers may be at the same one.
+FREEZE_SECONDS = 35
 FROZEN_SECONDS = 65
 # Without a closed connection the others need 5 to 10 s until they elect another leader.
 FROZEN_DISPATCH_SECONDS = 20

@@ -21,7 +21,7 @@ class Compose:
     """A copy of the project with a name, images, a port and passwords of its own."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        ignore = shutil.ignore_patterns(".*", "__pycache__", "tests")
+        ignore = shutil.ignore_patterns(".[!d]*", "__pycache__", "tests")  # with .dockerignore
         shutil.copytree(servers.HERE, folder, ignore=ignore)
         self.folder = folder
         self.name = f"tasks-test-{uuid.uuid4().hex[:12]}"

@@ -386,8 +386,10 @@ def test_many_different_reasons_are_folded_to_prefixes_that_filter(stack: Stack)
         "INSERT INTO tasks (text, status, error, finished_at)"
         " SELECT 'x', 'error', 'no order ' || number, now() FROM generate_series(1, 300) AS number"
     )
-    [reason] = call(stack, "get-stats").json()["errors"]
+    insert(stack, 50, "error", error=REASONS[0])
+    reason, common = call(stack, "get-stats").json()["errors"]
     assert (reason["error"], reason["count"]) == ("no order ", 300)
+    assert (common["error"], common["count"]) == (REASONS[0], 50)
     assert len(pages(stack, 1000, status="error", error=reason["error"])) == 300
 
 
@@ -543,7 +545,7 @@ def test_a_frozen_database_holds_up_neither_statistics_nor_metrics(stack: Stack)
         text = stack.session.get(f"{stack.url}/metrics").text
         assert "tasks_created_total 0" in text and "tasks_broker_messages{" in text
         assert "tasks_current{" not in text
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 9
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
