@@ -1,6 +1,7 @@
 """RabbitMQ as every script sees it: its address, the names and the topology, how a connection is
 kept, and how a batch is published."""
 
+import itertools
 import logging
 import random
 import threading
@@ -61,6 +62,9 @@ BLOCKED_SECONDS = 5  # how long a publisher waits, rows locked, while the broker
 # A frame of this size is legal on every connection. https://www.rabbitmq.com/amqp-0-9-1-protocol
 FRAME_BODY_BYTES = pika.spec.FRAME_MIN_SIZE - pika.spec.FRAME_HEADER_SIZE - pika.spec.FRAME_END_SIZE
 LOST = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
+# Where a process's connections begin in the list of hosts: each with another one, so that a node
+# that freezes has not all of them.
+FIRST_HOSTS = itertools.count(random.randrange(len(URLS)))
 
 
 def declare(channel: BlockingChannel) -> None:
@@ -119,9 +123,11 @@ def host_of(url: str) -> str:
     return f"{parameters.host}:{parameters.port}"
 
 
-def connect(name: str) -> pika.BlockingConnection:
-    """Connect to the first host that answers, in random order, under a name the broker shows."""
-    parameters = [pika.URLParameters(url) for url in random.sample(URLS, len(URLS))]
+def connect(name: str, first: int) -> pika.BlockingConnection:
+    """Connect to the first host that answers, from host number `first` on, round and round, under a
+    name the broker shows."""
+    first %= len(URLS)
+    parameters = [pika.URLParameters(url) for url in URLS[first:] + URLS[:first]]
     for each in parameters:
         each.client_properties = {"connection_name": name}
         each.heartbeat = HEARTBEAT_SECONDS if each.heartbeat is None else each.heartbeat
@@ -147,21 +153,23 @@ def keep_connected(
 
     Whatever work raises ends the connection, so the broker takes back what was not acked. AMQP
     errors and the expected ones are WARNINGs; others are logged with a stack trace, and retried
-    too. on_state() gets "ok" or what is wrong with the broker.
+    too, each time from the next host on: a frozen one would take 15 seconds again. on_state() gets
+    "ok" or what is wrong with the broker.
     """
-    name = process.name_of(role)
+    name, first = process.name_of(role), next(FIRST_HOSTS)
     backoff = process.Backoff(log, f"{name} lost a server")
     while not stop.is_set():
         began = time.monotonic()
         connection = None
         try:
-            connection = connect(name)
+            connection = connect(name, first)
             channel = connection.channel()
             declare(channel)
             on_state("ok")
             log.log(logging.INFO if backoff.failures else logging.DEBUG, "%s connected", name)
             work(connection, channel)
         except Exception as error:  # the top of a loop: a thread that ends quietly is worse
+            first += 1
             if time.monotonic() - began > process.LAST_DELAY_SECONDS:
                 backoff.succeeded()  # it worked for a while: this is a new outage
             if isinstance(error, LOST):

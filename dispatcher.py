@@ -33,6 +33,7 @@ MIN_SPAN = 1 / 256
 FULL_SECONDS = 0.02
 ROOM_SECONDS = 0.25  # how old the measured length of the queue may be
 STALLED_SECONDS = 10
+STUCK_SECONDS = 2  # longer than the turn of a thread whose servers answer
 
 
 class Arrivals:
@@ -128,8 +129,13 @@ class Dispatcher:
         self.states = ["not connected yet"] * THREADS
         self.room = [0] * THREADS  # messages that each thread may send before it measures again
         self.flows = False  # tasks wait in the table, and somebody takes them from the queue
-        self.turned_at = 0.0  # of time.monotonic(), the last turn without an error
+        self.turns = [0.0] * THREADS  # of time.monotonic(), when each thread's last turn began
         self.measured: tuple[float, dict[str, int]] = 0.0, {}  # when, and what waited in the queues
+
+    @property
+    def turned_at(self) -> float:
+        """When the last turn of any thread began, of time.monotonic(); 0: never."""
+        return max(self.turns)
 
     @property
     def broker_state(self) -> str:
@@ -168,9 +174,16 @@ class Dispatcher:
     def measure_room(self, channel: BlockingChannel, number: int) -> None:
         """Allow a thread a batch if the queue has room, what the others may send included. While
         nobody takes tasks, one batch waits in the broker and the rest in the table: else each would
-        expire, become a dead letter and be sent again."""
+        expire, become a dead letter and be sent again. What a stuck thread may send does not count:
+        the others would wait for its node of a cluster, whose queues are counted as empty and
+        without consumers until their record names another leader."""
         self.room[number] = BATCH  # said before the others' is read: never do both miss it
-        others = sum(self.room) - BATCH
+        since = time.monotonic() - STUCK_SECONDS
+        others = sum(
+            room
+            for other, room in enumerate(self.room)
+            if other != number and self.turns[other] > since
+        )
         depths, consumers = broker.count_waiting(channel)
         self.measured, waiting = (time.monotonic(), depths), sum(depths.values())
         self.flows = consumers > 0 and self.arrivals.backlog
@@ -210,7 +223,7 @@ class Publisher:
         self.channel.basic_publish("", "tasks.probe", b"")
         self.channel.tx_commit()
         while not stop.is_set():
-            self.dispatcher.turned_at = time.monotonic()
+            self.dispatcher.turns[self.number] = time.monotonic()
             age = time.monotonic() - self.measured_at
             if room[self.number] < BATCH / 2 or age > ROOM_SECONDS:
                 self.dispatcher.measure_room(self.channel, self.number)

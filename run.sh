@@ -24,11 +24,11 @@ usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 }
 
-# The settings file of Compose and native/run.py gets the passwords that it lacks. Root made it for the
-# user who called sudo.
+# The settings file of Compose and native/run.py gets the passwords that it lacks, and the cookie of a
+# RabbitMQ cluster. Root made it for the user who called sudo.
 make_env() {
   local name
-  for name in POSTGRES_PASSWORD RABBITMQ_PASSWORD; do
+  for name in POSTGRES_PASSWORD RABBITMQ_PASSWORD RABBITMQ_COOKIE; do
     if ! grep -qs "^$name=" .env; then
       if [ ! -f .env ]; then (umask 077 && : >.env) && own .env; fi
       # the first line may be the user's own, without an end

@@ -34,19 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest, so that they do not run alone in the end."""
-    first = ("tests/test_chaos", "tests/test_compose", "tests/test_run", "tests/test_faults")
+    names = ("test_chaos", "test_cluster", "test_compose", "test_run", "test_faults")
+    first = [f"tests/{name}" for name in names]
     order = {name: number for number, name in enumerate(first)}
     items.sort(key=lambda item: order.get(item.location[0].removesuffix(".py"), len(order)))
 
 
 class Schedule(LoadScopeScheduling):
-    """Gives the compose tests, which share one project, to one process, and all others one by one.
+    """Gives the compose tests, which share one project, to one process, those of the cluster too,
+    and all others one by one.
 
     --dist=loadgroup does not group with pytest 9.2: it appends to a name that is no longer read.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "compose" if nodeid.startswith("tests/test_compose.py") else nodeid
+        file = nodeid.partition("::")[0]
+        return file if file in ("tests/test_compose.py", "tests/test_cluster.py") else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which -p no:xdist turns off

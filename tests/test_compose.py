@@ -1,8 +1,10 @@
 """The real compose project through run.sh, wherever a Docker engine answers."""
 
 import contextlib
+import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import time
@@ -134,6 +136,18 @@ if containers.HAS_DOCKER or "CI" in os.environ:  # there its absence is a failur
         text = compose.compose("exec", "-T", "producer", "python", "-c", script)
         assert test_observability.served(text) >= test_observability.OF_RABBITMQ
         assert 'rabbitmq_detailed_queue_messages_ready{vhost="/",queue="tasks"}' in text
+
+    def test_the_cluster_file_gives_all_clients_three_nodes(compose: Compose) -> None:
+        names = ("docker-compose.yml", "docker-compose.cluster.yml")
+        files = [word for name in names for word in ("-f", str(compose.folder / name))]
+        services = json.loads(compose.compose(*files, "config", "--format", "json"))["services"]
+        nodes = {each["hostname"] for name, each in services.items() if "rabbit" in name}
+        conf = (compose.folder / "rabbitmq-cluster.conf").read_text()
+        assert nodes == set(re.findall(r"= rabbit@(\S+)", conf)) and len(nodes) == 3
+        for name in ("producer", "consumer"):
+            url = services[name]["environment"]["RABBITMQ_URL"]
+            assert set(re.findall(r"@(\w+):5672/%2F", url)) == nodes
+            assert url.count("amqp://tasks:") == 3 and " " not in url
 
     def test_a_restart_under_load_loses_nothing(compose: Compose) -> None:
         ids = compose.create(300)

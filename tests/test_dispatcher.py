@@ -10,6 +10,7 @@ import pika.exceptions
 import psycopg2
 import pytest
 
+import broker
 import claims
 import dispatcher
 from tests.stack import Stack, until
@@ -184,3 +185,14 @@ def test_slow_walks_cover_less_and_fast_ones_more_again() -> None:
         arrivals.walked(full=False, seconds=0.01)
         assert arrivals.walk_at <= time.monotonic()
     assert arrivals.span == 1.0
+
+
+def test_a_thread_that_is_stuck_reserves_no_room_in_the_queue(stack: Stack) -> None:
+    equal = dispatcher.Dispatcher(threading.Event(), dispatcher.Arrivals())
+    with stack.channel() as channel:
+        broker.declare(channel)
+        equal.room[1] = dispatcher.BATCH
+        for age, room in ((0, 0), (dispatcher.STUCK_SECONDS, dispatcher.BATCH)):
+            equal.turns[1] = time.monotonic() - age
+            equal.measure_room(channel, 0)
+            assert equal.room[0] == room  # nobody takes tasks: one batch for all

@@ -146,5 +146,6 @@ def test_the_passwords_join_the_settings_that_are_there(project: pathlib.Path) -
         (project / ".env").write_text(f'HTTP_PORT="{taken.getsockname()[1]}"')
         assert "is taken" in run(project, "--native").stderr
     names = [line.partition("=")[0] for line in (project / ".env").read_text().splitlines()]
-    assert names == ["HTTP_PORT", "POSTGRES_PASSWORD", "RABBITMQ_PASSWORD"]
+    made = ["POSTGRES_PASSWORD", "RABBITMQ_PASSWORD", "RABBITMQ_COOKIE"]
+    assert names == ["HTTP_PORT", *made]
     assert (project / ".env").stat().st_mode & 0o777 == 0o600
