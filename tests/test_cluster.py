@@ -22,7 +22,7 @@ STALL_SECONDS = 15
 # consumers may be at the same one.
 FREEZE_SECONDS = 35
 FROZEN_SECONDS = 65
-# 5 to 10 s until another leader is elected, and 5 s for each count of a queue that names the old one.
+# 5 to 10 s until another leader is elected, and 5 s for each queue whose record names the old one.
 FROZEN_DISPATCH_SECONDS = 30
 
 
