@@ -174,7 +174,7 @@ def step(cursor: Any, request: Request, action: Action) -> tuple[int, list[Row],
         rest = request._replace(filters=filters, place=place)
         if request.dry_run:
             return len(ids), [], rest
-    meant = select_meant(cursor, action, filter_, ids, lock=False)
+    meant = ids if filter_ else select_meant(cursor, action, filter_, ids, lock=False)
     if request.dry_run or not meant:
         return len(meant), [], rest
     reports = [

@@ -265,7 +265,7 @@ def columns_of(successes: list[rules.Row]) -> dict[str, str]:
 
 def select_open(cursor: Any, ids: list[str]) -> set[str]:
     """Return those of these tasks that are there and have not ended."""
-    cursor.execute(SELECT_OPEN, {"ids": ids})
+    cursor.execute(SELECT_OPEN, {"ids": array(ids)})
     return {task_id for (task_id,) in cursor}
 
 

@@ -124,8 +124,7 @@ class Housekeeper:
             # If these fail, nothing else waits for them.
             now = time.monotonic()
             if now >= self.sweep_at:
-                self.sweep_at = now
-                self.sweep_at += self.attempt(self.sweep, sweeps)
+                self.sweep_when_due(now, sweeps)
             if now >= self.counts_at:
                 self.counts_at = now + COUNTS_SECONDS + self.attempt(self.write_counts, writes)
         self.attempt(self.write_counts, writes)
@@ -193,6 +192,13 @@ class Housekeeper:
             self.metrics.put_back(unwritten)
             raise
 
+    def sweep_when_due(self, now: float, backoff: process.Backoff) -> None:
+        """Sweep; again at the next turn if something is left, else later. After a failure, not
+        before its delay."""
+        self.sweep_at = now
+        delay = self.attempt(self.sweep, backoff)
+        self.sweep_at = max(self.sweep_at, now + delay)
+
     def sweep(self) -> None:
         """Delete some old tasks of each status."""
         full = False
@@ -203,7 +209,7 @@ class Housekeeper:
                 since=since,
                 limit=self.sweep_rows,
                 days=RETENTION_DAYS,
-                seconds=LATE_SECONDS / 2,  # or the turns would look late
+                seconds=LATE_SECONDS / 4,  # both together, or the turns would look late
             )
             try:
                 end = self.connections.transaction(work)
