@@ -4,6 +4,7 @@ kept, and how a batch is published."""
 import itertools
 import logging
 import random
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 import process
+import task
 
 log = logging.getLogger("broker")
 
@@ -61,6 +63,8 @@ HEARTBEAT_SECONDS = 20
 BLOCKED_SECONDS = 5  # how long a publisher waits, rows locked, while the broker has an alarm
 # A frame of this size is legal on every connection. https://www.rabbitmq.com/amqp-0-9-1-protocol
 FRAME_BODY_BYTES = pika.spec.FRAME_MIN_SIZE - pika.spec.FRAME_HEADER_SIZE - pika.spec.FRAME_END_SIZE
+SIZE = struct.Struct(">Q")  # of a body, in the frame of its header
+SIZE_AT = pika.spec.FRAME_HEADER_SIZE + 4
 LOST = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
 # Where a process's connections begin in the list of hosts: each with another one, so that a node
 # that freezes has not all of them.
@@ -77,13 +81,11 @@ def declare(channel: BlockingChannel) -> None:
     channel.queue_bind(QUEUE, EXCHANGE, ROUTING_KEY)
 
 
-def count_waiting(channel: BlockingChannel) -> tuple[dict[str, int], int]:
-    """Return how many messages wait in each queue, and how many take tasks. Messages at consumers
-    do not count."""
-    tasks = channel.queue_declare(QUEUE, passive=True).method
-    letters = channel.queue_declare(DEAD_LETTER_QUEUE, passive=True).method
-    waiting = {QUEUE: tasks.message_count, DEAD_LETTER_QUEUE: letters.message_count}
-    return waiting, tasks.consumer_count
+def count_waiting(channel: BlockingChannel, queue: str) -> tuple[int, int]:
+    """Return how many messages wait in a queue, and how many consumers it has. Messages at these do
+    not count."""
+    method = channel.queue_declare(queue, passive=True).method
+    return method.message_count, method.consumer_count
 
 
 def publish(
@@ -96,25 +98,36 @@ def publish(
     write to the socket.
 
     basic_publish() polls and sends three times a message, half of a dispatcher's time. The frames
-    here are pika's own; only their way out is not public.
+    here are pika's own, those of a method and a header made once a batch; only their way out is not
+    public.
     """
     number = channel.channel_number
     method = pika.spec.Basic.Publish(exchange=EXCHANGE, routing_key=ROUTING_KEY, mandatory=True)
-    properties = pika.BasicProperties(
-        content_type="application/json",
-        delivery_mode=pika.DeliveryMode.Persistent.value,
-        expiration=str(expiration_ms),
-    )
     publish_frame = pika.frame.Method(number, method).marshal()
+    headers = [header_parts(number, expiration_ms, suspect) for suspect in (False, True)]
     frames: list[bytes] = []
     for message_id, body, suspect in messages:
-        properties.message_id = message_id
-        properties.headers = {SUSPECT: True} if suspect else None
-        frames += publish_frame, pika.frame.Header(number, len(body), properties).marshal()
+        before, between, after = headers[suspect]
+        frames += publish_frame, before, SIZE.pack(len(body)), between, message_id.encode(), after
         for start in range(0, len(body), FRAME_BODY_BYTES):
             part = body[start : start + FRAME_BODY_BYTES]
             frames.append(pika.frame.Body(number, part).marshal())
     connection._impl._output_marshaled_frames([b"".join(frames)])
+
+
+def header_parts(number: int, expiration_ms: int, suspect: bool) -> tuple[bytes, bytes, bytes]:
+    """Return the frame of a header without the size of the body and the id of the message: what is
+    before the size, between the two, and after the id."""
+    properties = pika.BasicProperties(
+        content_type="application/json",
+        headers={SUSPECT: True} if suspect else None,
+        delivery_mode=pika.DeliveryMode.Persistent.value,
+        expiration=str(expiration_ms),
+        message_id=task.NOBODY,
+    )
+    frame: bytes = pika.frame.Header(number, 0, properties).marshal()
+    before_id, _, after = frame.partition(task.NOBODY.encode())
+    return before_id[:SIZE_AT], before_id[SIZE_AT + SIZE.size :], after
 
 
 def host_of(url: str) -> str:
@@ -190,18 +203,6 @@ def raise_when_cancelled(channel: BlockingChannel) -> None:
         raise pika.exceptions.AMQPError("the broker ended the subscription")
 
     channel.add_on_cancel_callback(on_cancel)
-
-
-def expect_deliveries(connection: pika.BlockingConnection) -> None:
-    """Save a quarter of what a delivery costs: for each, pika looks whether somebody has registered
-    a callback for its method, which only its own channel handles."""
-    impl = connection._impl
-    look = impl._has_pending_callbacks
-
-    def has_pending_callbacks(frame: Any) -> Any:
-        return not isinstance(frame.method, pika.spec.Basic.Deliver) and look(frame)
-
-    impl._has_pending_callbacks = has_pending_callbacks
 
 
 def pump(connection: pika.BlockingConnection, channel: BlockingChannel, seconds: float) -> None:

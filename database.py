@@ -84,7 +84,9 @@ UNSUCCESSFUL = APPEND_TO_HISTORY.format(
 )
 HISTORY_FIELDS = ("attempt", "outcome", "error", "consumer", "startedAt", "seconds", "at")
 
-# Most reports are this. Arrays of columns cost half of what objects do.
+# Most reports are this: the current attempt has succeeded. What it does not find is judged, so it
+# may miss a row, but never take one that judge() would not. The groups' ids are in order, and the
+# planner can only walk them (see pool.SERVER_OPTIONS): two groups do not deadlock.
 UPDATE_SUCCESSES = """
 UPDATE tasks
 SET status = 'success',
@@ -98,10 +100,12 @@ SET status = 'success',
     started_at = coalesce(to_timestamp(new.started_at), tasks.started_at),
     seconds = coalesce(new.seconds, tasks.seconds)
 FROM unnest(
-    %(ids)s::uuid[], %(results)s::text[], %(started_ats)s::float8[], %(seconds)s::float8[],
-    %(hosts)s::text[]
-) AS new (id, result, started_at, seconds, host)
-WHERE tasks.id = new.id
+    %(ids)s::uuid[], %(attempts)s::int[], %(results)s::text[], %(started_ats)s::float8[],
+    %(seconds)s::float8[], %(hosts)s::text[]
+) AS new (id, attempt, result, started_at, seconds, host)
+WHERE tasks.id = new.id AND tasks.attempt = new.attempt AND tasks.status <> 'success'
+RETURNING
+    tasks.id, new.started_at - date_part('epoch', coalesce(run_at, created_at)), new.seconds
 """
 
 UPDATE_TASKS = f"""
@@ -243,24 +247,27 @@ def apply_reports(
         for report in reports
     ]
     changed = [row for row in rows.values() if row.changed]
-    successes = [row for row in changed if row.status == "success"]
-    if successes:
-        cursor.execute(UPDATE_SUCCESSES, columns_of(successes))
-    others = [row.as_dict() for row in changed if row.status != "success"]
-    if others:
-        cursor.execute(UPDATE_TASKS, {"rows": json.dumps(others)})
+    if changed:
+        cursor.execute(UPDATE_TASKS, {"rows": json.dumps([row.as_dict() for row in changed])})
     return verdicts, changed
 
 
-def columns_of(successes: list[rules.Row]) -> dict[str, str]:
-    """Return what UPDATE_SUCCESSES needs."""
-    return {
-        "ids": array([row.id for row in successes]),
-        "results": array([row.result for row in successes]),
-        "started_ats": array([row.started_at for row in successes]),
-        "seconds": array([row.seconds for row in successes]),
-        "hosts": array([row.host for row in successes]),
+def end_successes(
+    cursor: Any, reports: list[task.Report]
+) -> dict[str, tuple[float | None, float | None]]:
+    """End the rows whose current attempt has succeeded, by reports in the order of their ids.
+    Return, by id, for how many seconds each has waited and run, None if the report does not say; a
+    row that is not among them is to be judged."""
+    columns = {
+        "ids": array([report.id for report in reports]),
+        "attempts": array([report.attempt for report in reports]),
+        "results": array([report.result for report in reports]),
+        "started_ats": array([report.started_at for report in reports]),
+        "seconds": array([report.seconds for report in reports]),
+        "hosts": array([report.host for report in reports]),
     }
+    cursor.execute(UPDATE_SUCCESSES, columns)
+    return {task_id: (wait, seconds) for task_id, wait, seconds in cursor}
 
 
 def select_open(cursor: Any, ids: list[str]) -> set[str]:

@@ -131,6 +131,7 @@ class Dispatcher:
         self.flows = False  # tasks wait in the table, and somebody takes them from the queue
         self.turns = [0.0] * THREADS  # of time.monotonic(), when each thread's last turn began
         self.measured: tuple[float, dict[str, int]] = 0.0, {}  # when, and what waited in the queues
+        self.letters: tuple[float, int] = 0.0, 0  # when, and how many dead letters waited
 
     @property
     def turned_at(self) -> float:
@@ -184,8 +185,12 @@ class Dispatcher:
             for other, room in enumerate(self.room)
             if other != number and self.turns[other] > since
         )
-        depths, consumers = broker.count_waiting(channel)
-        self.measured, waiting = (time.monotonic(), depths), sum(depths.values())
+        tasks, consumers = broker.count_waiting(channel, broker.QUEUE)
+        now = time.monotonic()
+        if now - self.letters[0] > ROOM_SECONDS:
+            self.letters = now, broker.count_waiting(channel, broker.DEAD_LETTER_QUEUE)[0]
+        waiting = tasks + self.letters[1]
+        self.measured = now, {broker.QUEUE: tasks, broker.DEAD_LETTER_QUEUE: self.letters[1]}
         self.flows = consumers > 0 and self.arrivals.backlog
         if not consumers:
             self.room[number] = max(0, BATCH - waiting - others)

@@ -12,6 +12,7 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
 import broker
+import deliveries
 import process
 import reporter
 import task
@@ -53,6 +54,7 @@ class Watcher:
         """Report and ack what arrives over one connection; raise when the broker takes it away."""
         self.letters = []
         broker.raise_when_cancelled(channel)
+        deliveries.Decoder(connection, channel)
         channel.basic_qos(prefetch_count=PREFETCH)
         channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter)
         backoff = process.Backoff(log, "dead letters wait for the producer")

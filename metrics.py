@@ -6,7 +6,7 @@ import itertools
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,16 @@ class Metrics:
                 self.timed_out += row.outcome == "timed out"
                 if row.started_at is not None and row.seconds is not None:
                     self.note_run(minute, max(0.0, row.started_at - row.due_at), row.seconds)
+
+    def note_successes(self, runs: Collection[tuple[float | None, float | None]]) -> None:
+        """Count tasks that have succeeded, which have waited and run for so many seconds."""
+        with self.lock:
+            minute = self.minute()
+            self.ended["success"] += len(runs)
+            minute.success += len(runs)
+            for wait, seconds in runs:
+                if wait is not None and seconds is not None:
+                    self.note_run(minute, max(0.0, wait), seconds)
 
     def note_run(self, minute: Minute, wait: float, run: float) -> None:
         """Count how long a task has waited and run, both in seconds. The lock is held."""

@@ -57,7 +57,7 @@ def ref(name: str) -> Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-UUID = text(format="uuid", pattern=f"^{task.UUID.pattern.replace('a-f', 'a-fA-F')}$")
+UUID = text(format="uuid", pattern=f"^{task.UUID.pattern}$")
 CONSUMER = UUID | {"pattern": f"^(?!{task.NOBODY}$){UUID['pattern'][1:]}"}
 TIME = text(format="date-time")
 ANY_TIME = TIME | {"description": "ISO 8601; without an offset it is UTC. A date alone will do."}

@@ -2,6 +2,7 @@
 consumers' heartbeat."""
 
 import logging
+import operator
 from typing import Any
 
 import bottle
@@ -20,6 +21,7 @@ from metrics import Metrics
 log = logging.getLogger("reports")
 
 MAX_ELEMENTS = 10_000  # of an array in one call
+MAX_INTEGER = 2**31 - 1  # of PostgreSQL
 
 
 class ReportApi:
@@ -87,16 +89,41 @@ class ReportApi:
         return api.answer(counts | {name: value for name, value in lists.items() if value})
 
     def apply(self, reports: list[task.Report], skip_locked: bool = False) -> list[rules.Verdict]:
-        """Apply reports in one transaction; return a verdict for each. With skip_locked, a row that
-        is locked for long holds up no other."""
+        """Apply reports, each for itself; return their verdicts. With skip_locked, a row that is
+        locked for long holds up no other."""
+        ended: set[str] = set()
+        is_locked = False
+        if successes := plain_successes(reports):
+            try:
+                ended = self.end_successes(successes)
+            except pool.Unavailable as error:
+                is_locked = skip_locked and is_about_a_lock(error)
+                if not is_locked:
+                    raise
+        rest = [report for report in reports if report.id not in ended]
+        verdicts = iter(self.judge(rest, skip_locked, is_locked))
+        return [rules.ACCEPTED if each.id in ended else next(verdicts) for each in reports]
+
+    def end_successes(self, successes: list[task.Report]) -> set[str]:
+        """End by one statement what needs no look at its row; return the ids of that."""
+        runs = self.connections.statement(lambda cursor: database.end_successes(cursor, successes))
+        self.metrics.note_successes(runs.values())
+        return set(runs)
+
+    def judge(
+        self, reports: list[task.Report], skip_locked: bool, is_locked: bool
+    ) -> list[rules.Verdict]:
+        """Apply reports in one transaction, by the rules; is_locked: it is known that rows are."""
+        if not reports:
+            return []
         # Else a second try after a COMMIT of unknown outcome could undo a newer change.
         fenced = all(report.attempt is not None for report in reports)
         try:
             verdicts, changed = self.connections.transaction(
-                lambda cursor: database.apply_reports(cursor, reports), fenced
+                lambda cursor: database.apply_reports(cursor, reports, is_locked), fenced
             )
         except pool.Unavailable as error:
-            if not (skip_locked and isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)):
+            if is_locked or not (skip_locked and is_about_a_lock(error)):
                 raise
             verdicts, changed = self.connections.transaction(
                 lambda cursor: database.apply_reports(cursor, reports, skip_locked=True), fenced
@@ -139,6 +166,24 @@ def parse_each(elements: list[Any]) -> tuple[dict[int, task.Report], dict[int, s
         except ValueError as error:
             reasons[index] = str(error)
     return reports, reasons
+
+
+def plain_successes(reports: list[task.Report]) -> list[task.Report]:
+    """Return the successes of a known attempt, in the order of their ids; none if two reports are
+    about one task, where the order counts."""
+    if len({report.id for report in reports}) < len(reports):
+        return []
+    successes = [
+        report
+        for report in reports
+        if report.status == "success" and 0 < (report.attempt or 0) <= MAX_INTEGER
+    ]
+    return sorted(successes, key=operator.attrgetter("id"))
+
+
+def is_about_a_lock(error: pool.Unavailable) -> bool:
+    """Tell whether somebody else has locked a row for too long."""
+    return isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)
 
 
 def id_of(element: Any) -> str | None:

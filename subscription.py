@@ -9,6 +9,7 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
 import broker
+import deliveries
 import process
 import task
 from entry import ACK, DEAD_LETTER, HELD, REQUEUE, Entry
@@ -33,7 +34,7 @@ class Subscription:
         self.loads: dict[str, int] = {}  # unsettled messages of consumer tags
         self.held: dict[int, str] = {}  # to be acked when the window is smaller
         broker.raise_when_cancelled(channel)
-        broker.expect_deliveries(connection)
+        deliveries.Decoder(connection, channel)
 
     def taken(self) -> int:
         """Return how many messages may be unsettled, once those that rows hold are acked."""
