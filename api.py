@@ -25,6 +25,7 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False)
 DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 
@@ -100,7 +101,7 @@ def answer(value: Any, status: int = 200) -> bytes:
     """Return a JSON answer and set its status."""
     bottle.response.status = status
     bottle.response.content_type = "application/json"
-    return json.dumps(value, ensure_ascii=False).encode()
+    return ENCODER.encode(value).encode()
 
 
 def make_app() -> bottle.Bottle:

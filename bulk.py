@@ -195,5 +195,5 @@ def select_meant(
     time_ = "created_at" if filter_ is None else views[0].time
     statement = SELECT_MEANT.format(condition=condition, time=time_) + FOR_UPDATE * lock
     bounds = {"error": filter_ and filter_.error, "to": filter_.to if filter_ else task_list.LAST}
-    cursor.execute(statement, bounds | {"ids": database.array(ids)})
+    cursor.execute(statement, bounds | {"ids": pool.array(ids)})
     return [task_id for task_id, is_meant in cursor if is_meant]

@@ -2,10 +2,11 @@
 and every function runs inside the transaction of the cursor that it gets."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import pool
 import rules
 import task
 
@@ -14,7 +15,7 @@ TASK_COLUMNS = """
     run_at, created_at, sent_at, started_at, finished_at, seconds, host
 """
 
-INSERT_TASKS = f"""
+INSERT_TASKS = """
 INSERT INTO tasks (id, text, timeout_seconds, run_at, delayed)
 SELECT id, text, timeout, run_at, coalesce(run_at > now(), false)
 FROM unnest(
@@ -22,7 +23,7 @@ FROM unnest(
 ) AS new (id, text, timeout, run_at)
 ORDER BY id
 ON CONFLICT (id) DO NOTHING
-RETURNING {TASK_COLUMNS}
+RETURNING id, created_at
 """
 
 # sent_at in microseconds since 1970, which a message carries; date_part() is the fast one.
@@ -158,23 +159,6 @@ class NewTask(NamedTuple):
     run_at: datetime | None
 
 
-def array(values: Collection[str | float | None]) -> str:
-    """Return an array as PostgreSQL reads it from one string, a third of the price of a list of
-    psycopg2. One without any values is empty: unnest() fills it up with NULL."""
-    if not any(value is not None for value in values):
-        return "{}"
-    return "{" + ",".join(map(element, values)) + "}"
-
-
-def element(value: str | float | None) -> str:
-    """Return an element of an array."""
-    if value is None:
-        return "NULL"
-    if type(value) is str:
-        return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
-    return repr(value)
-
-
 def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
     """Return a row of TASK_COLUMNS as the JSON object of the API."""
     task_id, text, status, attempt, result, error, timeout, *times, seconds, host = row[:14]
@@ -197,6 +181,12 @@ def as_task(row: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
+def as_new(new: NewTask, created_at: datetime) -> dict[str, Any]:
+    """Return a task that has just been inserted as the JSON object of the API."""
+    times = new.run_at, created_at, None, None, None
+    return as_task((new.id, new.text, "pending", 1, None, None, new.timeout, *times, None, None))
+
+
 def as_history(elements: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
     """Return a history as the API shows it: with every field, and times as everywhere."""
     if elements is None:
@@ -214,15 +204,22 @@ def select_tasks(cursor: Any, ids: list[str]) -> dict[str, dict[str, Any]]:
     return {row[0]: as_task(row) | {"history": as_history(row[-1])} for row in cursor}
 
 
-def insert_tasks(cursor: Any, new: Iterable[NewTask]) -> dict[str, dict[str, Any]]:
+def insert_tasks(cursor: Any, new: Collection[NewTask]) -> dict[str, dict[str, Any]]:
     """Insert what is not there yet; return all of them by id, the older ones as they are."""
-    names = ("ids", "texts", "timeouts", "run_ats")
-    columns = dict(zip(names, map(list, zip(*new, strict=True)), strict=True))
+    columns = {
+        "ids": pool.array([each.id for each in new]),
+        "texts": pool.array([each.text for each in new]),
+        "timeouts": pool.array([each.timeout for each in new]),
+        "run_ats": pool.array([each.run_at.isoformat() if each.run_at else None for each in new]),
+    }
     cursor.execute(INSERT_TASKS, columns)
-    tasks = {row[0]: as_task(row) for row in cursor}
-    missing = [id for id in columns["ids"] if id not in tasks]
-    if missing:  # a statement of its own: the first one's snapshot may be older than the rival row
-        tasks |= select_tasks(cursor, missing)
+    created = dict(cursor)
+    if len(created) == len(new):
+        return {each.id: as_new(each, created[each.id]) for each in new}
+    # A statement of its own: the first one's snapshot may be older than a rival's row.
+    tasks = select_tasks(cursor, [each.id for each in new])
+    for task_id in created:
+        del tasks[task_id]["history"]  # which tells that a task is older
     return tasks
 
 
@@ -231,7 +228,7 @@ def apply_reports(
 ) -> tuple[list[rules.Verdict], list[rules.Row]]:
     """Lock the rows, judge every report in order, write what changed; return the verdicts, and the
     rows that changed. With skip_locked, wait for no row."""
-    ids = {"ids": array({report.id for report in reports})}
+    ids = {"ids": pool.array({report.id for report in reports})}
     cursor.execute(LOCK_TASKS + SKIP_LOCKED * skip_locked, ids)
     rows = {row[0]: rules.Row(*row) for row in cursor}
     locked: set[str] = set()
@@ -259,12 +256,12 @@ def end_successes(
     Return, by id, for how many seconds each has waited and run, None if the report does not say; a
     row that is not among them is to be judged."""
     columns = {
-        "ids": array([report.id for report in reports]),
-        "attempts": array([report.attempt for report in reports]),
-        "results": array([report.result for report in reports]),
-        "started_ats": array([report.started_at for report in reports]),
-        "seconds": array([report.seconds for report in reports]),
-        "hosts": array([report.host for report in reports]),
+        "ids": pool.array([report.id for report in reports]),
+        "attempts": pool.array([report.attempt for report in reports]),
+        "results": pool.array([report.result for report in reports]),
+        "started_ats": pool.array([report.started_at for report in reports]),
+        "seconds": pool.array([report.seconds for report in reports]),
+        "hosts": pool.array([report.host for report in reports]),
     }
     cursor.execute(UPDATE_SUCCESSES, columns)
     return {task_id: (wait, seconds) for task_id, wait, seconds in cursor}
@@ -272,7 +269,7 @@ def end_successes(
 
 def select_open(cursor: Any, ids: list[str]) -> set[str]:
     """Return those of these tasks that are there and have not ended."""
-    cursor.execute(SELECT_OPEN, {"ids": array(ids)})
+    cursor.execute(SELECT_OPEN, {"ids": pool.array(ids)})
     return {task_id for (task_id,) in cursor}
 
 

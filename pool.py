@@ -5,7 +5,7 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import psycopg2
@@ -143,6 +143,23 @@ def check_options(session: Connection) -> None:
         session.close()
         raise psycopg2.OperationalError(POOLED)
     session.autocommit = False
+
+
+def array(values: Collection[str | float | None]) -> str:
+    """Return an array as PostgreSQL reads it from one string, a third of the price of a list of
+    psycopg2. One without any values is empty: unnest() fills it up with NULL."""
+    if not any(value is not None for value in values):
+        return "{}"
+    return "{" + ",".join(map(element, values)) + "}"
+
+
+def element(value: str | float | None) -> str:
+    """Return an element of an array."""
+    if value is None:
+        return "NULL"
+    if type(value) is str:
+        return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'
+    return repr(value)
 
 
 class Pool:
