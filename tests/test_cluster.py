@@ -18,7 +18,7 @@ CREATE_SECONDS = 0.1  # between two tasks
 FLOW_SECONDS = 1  # of work between two harms
 # An election takes a second; the rest is for a machine that is busy with something else.
 STALL_SECONDS = 15
-# The cluster gives a silent node up after 15 to 25 s, a client leaves it after 25 to 50 s, and both
+# The cluster gives a silent node up after 15 to 25 s, a client leaves it after 15 to 30 s, and both
 # consumers may be at the same one.
 FREEZE_SECONDS = 35
 FROZEN_SECONDS = 65
