@@ -16,6 +16,7 @@ WORKERS = 10  # of each consumer
 SIZES = (2, 20, 50, 100, 200)
 IDLE_SECONDS = 15
 INSTANT_TASKS = 30_000
+FAILING_TASKS = 10_000
 ROUNDS = 8  # of tasks of a second
 HALF = 0.5  # of the rate that was reached
 OFFER_SECONDS = 10
@@ -57,6 +58,7 @@ def size(all_: Fleet, count: int, name: str) -> Results:
         time.sleep(IDLE_SECONDS)
     results |= under(f"{name}, idle", idle)
     results |= under(f"{name}, instant", all_.work("0", INSTANT_TASKS))
+    results |= under(f"{name}, failing", all_.work("no number", FAILING_TASKS))
     naps = all_.work("1", ROUNDS * workers)
     results |= under(f"{name}, 1 s", naps)
     offered = all_.offer("1", HALF * naps["tasks/s"], OFFER_SECONDS)
