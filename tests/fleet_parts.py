@@ -15,8 +15,8 @@ from tests.stack import until
 WORKERS = 10  # of each consumer
 SIZES = (2, 20, 50, 100, 200)
 IDLE_SECONDS = 15
-INSTANT_TASKS = 30_000
-FAILING_TASKS = 10_000
+INSTANT_TASKS = 20_000
+FAILING_TASKS = 5000
 ROUNDS = 8  # of tasks of a second
 HALF = 0.5  # of the rate that was reached
 OFFER_SECONDS = 10
@@ -87,7 +87,7 @@ def beside(all_: Fleet) -> Results:
     """Return what a create takes while the fleet works, its memory, and its warnings."""
     results: Results = {}
     workers = len(all_.consumers) * all_.workers
-    for text, count in (("0", 100_000), ("1", 15 * workers)):
+    for text, count in (("0", INSTANT_TASKS), ("1", 15 * workers)):
         all_.fill(text, count)
         all_.resume()
         results |= {f"{text} s, {key}": value for key, value in all_.creates(text).items()}

@@ -1,6 +1,7 @@
 """Many consumers at once: nobody is left out, neither at work nor after a restart of the broker."""
 
 import pathlib
+import re
 
 from tests.stack import Stack, until
 
@@ -8,6 +9,7 @@ CONSUMERS = 30
 TASKS = 10 * CONSUMERS  # of TASK_SECONDS
 TASK_SECONDS = 0.2
 LEAST_SHARE = 3  # of the ten
+LETTERS = 3000
 
 
 def test_a_fleet_is_back_after_a_broker_restart_and_shares_the_work(
@@ -46,3 +48,16 @@ def wait_subscribed(stack: Stack) -> None:
             return declared.consumer_count >= CONSUMERS
 
     until(subscribed, what=f"{CONSUMERS} consumers", pause=0.2)
+
+
+def test_the_dead_letters_of_many_consumers_are_reported_in_groups(stack: Stack) -> None:
+    stack.producer(LOG_LEVEL="INFO")
+    consumers = [stack.consumer(HANDLER="handlers:nap", LOG_LEVEL="INFO") for _ in range(CONSUMERS)]
+    wait_subscribed(stack)
+    stack.create(*["no number"] * LETTERS)
+    stack.wait_ended()
+    assert stack.counts() == {"error": LETTERS}
+    logs = "".join(each.log.read_text() for each in consumers)
+    groups = [int(size) for size in re.findall(r"reported (\d+) dead letters", logs)]
+    assert sum(groups) >= LETTERS
+    assert len(groups) <= LETTERS / 3, groups  # each in turn: nearly as many as there are letters
