@@ -1,6 +1,6 @@
 """Who holds which row: leases, their rescue, and the consumers' heartbeats. Only the producer
-imports this. A function runs in the transaction of the cursor that it gets, those of the heartbeat
-in one for each statement: many consumers send it."""
+imports this, and every function runs on the cursor that it gets. The statements of a heartbeat may
+each commit themselves: that saves trips, and each is whole by itself."""
 
 import json
 import math
