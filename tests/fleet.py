@@ -241,8 +241,9 @@ class Fleet:
         return [at for (at,) in self.bench.sql(query, since, until_)]
 
     def warnings(self) -> int:
-        """Return how many lines the consumers have logged: only what is wrong is."""
-        return sum(len(each.log.read_text().splitlines()) for each in self.consumers)
+        """Return how many lines the consumers have logged of what is wrong with the service."""
+        lines = (line for each in self.consumers for line in each.log.read_text().splitlines())
+        return sum("] task " not in line for line in lines)
 
     def creates(self, text: str) -> Results:
         """Return what a create takes for a single client, at CREATE_RATE, beside all else."""
