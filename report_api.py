@@ -17,6 +17,7 @@ import rules
 import task
 from dispatcher import Arrivals
 from metrics import Metrics
+from report_groups import ReportGroups
 
 log = logging.getLogger("reports")
 
@@ -31,6 +32,7 @@ class ReportApi:
         self.connections = connections
         self.arrivals = arrivals
         self.metrics = counted
+        self.groups = ReportGroups(self.write)
 
     def add_routes(self, app: bottle.Bottle) -> None:
         """Serve the calls."""
@@ -90,9 +92,15 @@ class ReportApi:
 
     def apply(self, reports: list[task.Report], skip_locked: bool = False) -> list[rules.Verdict]:
         """Apply reports, each for itself; return their verdicts. With skip_locked, a row that is
-        locked for long holds up no other."""
+        locked for long holds up no other, and other calls' reports may come along."""
+        if skip_locked and are_fenced(reports):
+            return self.groups.apply(reports)
+        return self.write(reports, skip_locked)
+
+    def write(self, reports: list[task.Report], skip_locked: bool = True) -> list[rules.Verdict]:
+        """End what has plainly succeeded, and judge the rest."""
         ended: set[str] = set()
-        is_locked = False
+        is_locked = False  # so much is known
         if successes := plain_successes(reports):
             try:
                 ended = self.end_successes(successes)
@@ -101,7 +109,12 @@ class ReportApi:
                 if not is_locked:
                     raise
         rest = [report for report in reports if report.id not in ended]
-        verdicts = iter(self.judge(rest, skip_locked, is_locked))
+        try:
+            verdicts = iter(self.judge(rest, is_locked))
+        except pool.Unavailable as error:
+            if is_locked or not (skip_locked and is_about_a_lock(error)):
+                raise
+            verdicts = iter(self.judge(rest, skip_locked=True))
         return [rules.ACCEPTED if each.id in ended else next(verdicts) for each in reports]
 
     def end_successes(self, successes: list[task.Report]) -> set[str]:
@@ -110,24 +123,13 @@ class ReportApi:
         self.metrics.note_successes(runs.values())
         return set(runs)
 
-    def judge(
-        self, reports: list[task.Report], skip_locked: bool, is_locked: bool
-    ) -> list[rules.Verdict]:
-        """Apply reports in one transaction, by the rules; is_locked: it is known that rows are."""
+    def judge(self, reports: list[task.Report], skip_locked: bool) -> list[rules.Verdict]:
+        """Apply reports by the rules, in one transaction; with skip_locked, wait for no row."""
         if not reports:
             return []
-        # Else a second try after a COMMIT of unknown outcome could undo a newer change.
-        fenced = all(report.attempt is not None for report in reports)
-        try:
-            verdicts, changed = self.connections.transaction(
-                lambda cursor: database.apply_reports(cursor, reports, is_locked), fenced
-            )
-        except pool.Unavailable as error:
-            if is_locked or not (skip_locked and is_about_a_lock(error)):
-                raise
-            verdicts, changed = self.connections.transaction(
-                lambda cursor: database.apply_reports(cursor, reports, skip_locked=True), fenced
-            )
+        verdicts, changed = self.connections.transaction(
+            lambda cursor: database.apply_reports(cursor, reports, skip_locked), are_fenced(reports)
+        )
         self.note_changed(changed)
         return verdicts
 
@@ -146,11 +148,11 @@ class ReportApi:
         except ValueError as error:
             api.refuse(400, str(error))
         # The leases first and by themselves: the note must not keep them from being renewed.
-        answer = self.connections.transaction(
+        answer = self.connections.statement(
             lambda cursor: leases.answer_heartbeat(cursor, heartbeat)
         )
         try:
-            self.connections.transaction(lambda cursor: leases.note_consumer(cursor, heartbeat))
+            self.connections.statement(lambda cursor: leases.note_consumer(cursor, heartbeat))
         except pool.Unavailable as error:
             log.warning("heartbeat of %s not noted: %s", heartbeat.host, process.printable(error))
         return api.answer(answer)
@@ -179,6 +181,12 @@ def plain_successes(reports: list[task.Report]) -> list[task.Report]:
         if report.status == "success" and 0 < (report.attempt or 0) <= MAX_INTEGER
     ]
     return sorted(successes, key=operator.attrgetter("id"))
+
+
+def are_fenced(reports: list[task.Report]) -> bool:
+    """Tell whether reports may be repeated: else a second try after a COMMIT of unknown outcome
+    could undo a newer change."""
+    return all(report.attempt is not None for report in reports)
 
 
 def is_about_a_lock(error: pool.Unavailable) -> bool:
