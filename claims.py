@@ -5,6 +5,7 @@ import math
 import random
 from typing import Any, NamedTuple
 
+import pool
 import process
 import task
 from database import SENT
@@ -64,14 +65,26 @@ WITH found AS MATERIALIZED (
     FROM found
 ), {SEND_CANDIDATES}"""
 
+# IS TRUE hides the condition of tasks_pending, whose dead entries would be walked.
 CLAIM_TASKS_BY_ID = f"""
 WITH candidate AS MATERIALIZED (
     SELECT id, octet_length(text) AS bytes, 0 AS turn
     FROM tasks
-    WHERE id = ANY(%(ids)s::uuid[]) AND status = 'pending' AND NOT delayed AND {NOT_PAUSED}
+    WHERE id = ANY(%(ids)s::uuid[]) AND (status = 'pending' AND NOT delayed) IS TRUE
+        AND {NOT_PAUSED}
     ORDER BY id
     FOR UPDATE SKIP LOCKED
 ), {SEND_CANDIDATES}"""
+
+# Planned once a session: for a single task, that takes as long as the rest.
+PREPARE_CLAIM_BY_ID = (
+    "PREPARE claim_tasks_by_id (uuid[], float8, uuid, bigint, bigint) AS "
+    + CLAIM_TASKS_BY_ID
+    % {"ids": "$1", "seconds": "$2", "nobody": "$3", "limit": "$4", "bytes": "$5"}
+)
+EXECUTE_CLAIM_BY_ID = """
+EXECUTE claim_tasks_by_id (%(ids)s::uuid[], %(seconds)s, %(nobody)s, %(limit)s, %(bytes)s)
+"""
 
 
 class Claimed(NamedTuple):
@@ -101,8 +114,13 @@ def claim_random_tasks(cursor: Any, limit: int, size: int, span: float = 1.0) ->
     return [Claimed(*row) for row in cursor]
 
 
+def prepare(cursor: Any) -> None:
+    """Prepare a session for claim_tasks_by_id()."""
+    cursor.execute(PREPARE_CLAIM_BY_ID)
+
+
 def claim_tasks_by_id(cursor: Any, ids: list[str], size: int) -> list[Claimed]:
     """Mark those of these tasks that are pending as sent, at most size bytes."""
-    sizes = {"ids": ids, "limit": len(ids), "bytes": size}
-    cursor.execute(CLAIM_TASKS_BY_ID, sizes | LEASE_OF_A_MESSAGE)
+    sizes = {"ids": pool.array(ids), "limit": len(ids), "bytes": size}
+    cursor.execute(EXECUTE_CLAIM_BY_ID, sizes | LEASE_OF_A_MESSAGE)
     return [Claimed(*row) for row in cursor]

@@ -187,7 +187,7 @@ class Dispatcher:
         )
         tasks, consumers = broker.count_waiting(channel, broker.QUEUE)
         now = time.monotonic()
-        if now - self.letters[0] > ROOM_SECONDS:
+        if not consumers or now - self.letters[0] > ROOM_SECONDS:
             self.letters = now, broker.count_waiting(channel, broker.DEAD_LETTER_QUEUE)[0]
         waiting = tasks + self.letters[1]
         self.measured = now, {broker.QUEUE: tasks, broker.DEAD_LETTER_QUEUE: self.letters[1]}
@@ -221,6 +221,8 @@ class Publisher:
     def run(self) -> None:
         """Dispatch batch after batch until stop is set; any error ends it."""
         stop, room, arrivals = self.dispatcher.stop, self.dispatcher.room, self.dispatcher.arrivals
+        with self.session, self.session.cursor() as cursor:
+            claims.prepare(cursor)
         self.channel.tx_select()
         self.channel.add_on_return_callback(lambda *parts: self.returned.append(parts))
         # While the broker has an alarm it reads no more, but keeps what it got and may publish it

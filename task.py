@@ -155,6 +155,8 @@ def parse_time(value: Any, name: str) -> datetime | None:
 
 def parse_status(value: Any) -> str:
     """Return the English code of a status given in either language, in any case."""
+    if value in ENDED:  # as consumers write it
+        return str(value)
     word = " ".join(value.split()).lower() if isinstance(value, str) else ""
     if word not in WORDS:
         known = ", ".join(WORDS)
