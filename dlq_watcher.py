@@ -4,6 +4,7 @@ the producer as errors in one PUT, then acks. A thread of every consumer, and a 
 Run it with `python dlq_watcher.py`. Exit codes: 0 stopped, 1 crash, 2 bad configuration."""
 
 import logging
+import random
 import threading
 import time
 from typing import Any
@@ -54,7 +55,10 @@ class Watcher:
         self.letters = []
         broker.raise_when_cancelled(channel)
         channel.basic_qos(prefetch_count=PREFETCH)
-        channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter)
+        # The letters go to one watcher while it has room. In turn, each of many would get one and
+        # report it alone. https://www.rabbitmq.com/docs/consumer-priority
+        priority = {"x-priority": random.randrange(2**31)}
+        channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter, arguments=priority)
         backoff = process.Backoff(log, "dead letters wait for the producer")
         stop_at = None  # of time.monotonic(), the latest; sooner when no letter comes any more
         while stop_at is None or time.monotonic() < stop_at:

@@ -1,5 +1,6 @@
 """Who holds which row: leases, their rescue, and the consumers' heartbeats. Only the producer
-imports this, and every function runs inside the transaction of the cursor that it gets."""
+imports this, and every function runs on the cursor that it gets. The statements of a heartbeat may
+each commit themselves: that saves trips, and each is whole by itself."""
 
 import json
 import math
@@ -186,8 +187,10 @@ def answer_heartbeat(cursor: Any, heartbeat: Heartbeat) -> dict[str, Any]:
     """Hold what a consumer has run for long, renew what it holds; return the answer: the
     database's time, what is held, and what it is to stop."""
     consumer, named = heartbeat.consumer, heartbeat.tasks
-    cursor.execute(SELECT_RUNNING, {"ids": [each.task_id for each in named]})
-    rows = {row[0]: row[1:] for row in cursor}
+    rows = {}
+    if named:
+        cursor.execute(SELECT_RUNNING, {"ids": [each.task_id for each in named]})
+        rows = {row[0]: row[1:] for row in cursor}
     held, stop, due = [], [], []
     for each in named:
         status, attempt, holder, lease = rows.get(each.task_id, ("error", 0, None, None))

@@ -16,6 +16,7 @@ import rules
 import task
 from dispatcher import Arrivals
 from metrics import Metrics
+from report_groups import ReportGroups
 
 log = logging.getLogger("reports")
 
@@ -29,6 +30,7 @@ class ReportApi:
         self.connections = connections
         self.arrivals = arrivals
         self.metrics = counted
+        self.groups = ReportGroups(self.apply_skipping)
 
     def add_routes(self, app: bottle.Bottle) -> None:
         """Serve the calls."""
@@ -88,19 +90,31 @@ class ReportApi:
 
     def apply(self, reports: list[task.Report], skip_locked: bool = False) -> list[rules.Verdict]:
         """Apply reports in one transaction; return a verdict for each. With skip_locked, a row that
-        is locked for long holds up no other."""
+        is locked for long holds up no other, and other calls' reports may come along."""
         # Else a second try after a COMMIT of unknown outcome could undo a newer change.
         fenced = all(report.attempt is not None for report in reports)
+        if skip_locked and fenced:
+            return self.groups.apply(reports)
+        return self.apply_skipping(reports, fenced) if skip_locked else self.write(reports, fenced)
+
+    def apply_skipping(
+        self, reports: list[task.Report], fenced: bool = True
+    ) -> list[rules.Verdict]:
+        """Apply reports in one transaction, without those of rows that are locked for long."""
         try:
-            verdicts, changed = self.connections.transaction(
-                lambda cursor: database.apply_reports(cursor, reports), fenced
-            )
+            return self.write(reports, fenced)
         except pool.Unavailable as error:
-            if not (skip_locked and isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)):
+            if not isinstance(error.__cause__, psycopg2.errors.LockNotAvailable):
                 raise
-            verdicts, changed = self.connections.transaction(
-                lambda cursor: database.apply_reports(cursor, reports, skip_locked=True), fenced
-            )
+        return self.write(reports, fenced, skip_locked=True)
+
+    def write(
+        self, reports: list[task.Report], fenced: bool, skip_locked: bool = False
+    ) -> list[rules.Verdict]:
+        """Apply reports in one transaction, which may be repeated if all are fenced."""
+        verdicts, changed = self.connections.transaction(
+            lambda cursor: database.apply_reports(cursor, reports, skip_locked), fenced
+        )
         self.note_changed(changed)
         return verdicts
 
@@ -119,11 +133,11 @@ class ReportApi:
         except ValueError as error:
             api.refuse(400, str(error))
         # The leases first and by themselves: the note must not keep them from being renewed.
-        answer = self.connections.transaction(
+        answer = self.connections.statement(
             lambda cursor: leases.answer_heartbeat(cursor, heartbeat)
         )
         try:
-            self.connections.transaction(lambda cursor: leases.note_consumer(cursor, heartbeat))
+            self.connections.statement(lambda cursor: leases.note_consumer(cursor, heartbeat))
         except pool.Unavailable as error:
             log.warning("heartbeat of %s not noted: %s", heartbeat.host, process.printable(error))
         return api.answer(answer)

@@ -26,7 +26,7 @@ from typing import Any
 import psycopg2
 
 from native import servers
-from tests import load, view_parts, worker_parts
+from tests import fleet_parts, load, view_parts, worker_parts
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
@@ -225,8 +225,19 @@ PARTS = {
     "memory": worker_parts.memory,
     "soak": worker_parts.soak,
     "views": view_parts.views,
+    "fleet": fleet_parts.whole,
+    "fleet-sizes": fleet_parts.sizes,
+    "fleet-producers": fleet_parts.producers,
+    "fleet-outages": fleet_parts.outages,
 }
-LONG = ("soak", "views")  # only when asked for
+LONG = (
+    "soak",
+    "views",
+    "fleet",
+    "fleet-sizes",
+    "fleet-producers",
+    "fleet-outages",
+)  # only when asked for
 ALONE = ("pipe",)  # has nothing of the project
 
 

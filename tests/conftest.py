@@ -109,6 +109,20 @@ def stack(postgres: Any, rabbit: Any, tmp_path: pathlib.Path) -> Iterator[Stack]
 
 
 @pytest.fixture
+def own(server_classes: tuple, tmp_path: pathlib.Path, postgres: Any) -> Iterator[Stack]:
+    """A project with a broker of its own, which the test may hurt."""
+    rabbit = server_classes[1](tmp_path / "rabbit")
+    rabbit.start()
+    stack = Stack(postgres, rabbit, tmp_path)
+    try:
+        yield stack
+    finally:
+        stack.close(queues=False)
+        rabbit.stop()
+        stack.print_logs()
+
+
+@pytest.fixture
 def api(stack: Stack) -> Stack:
     """A project whose producer runs and whose tasks nobody takes."""
     stack.producer()

@@ -95,6 +95,12 @@ def count(text: str) -> None:
     struct.pack_into("q", counts, 0, counted)
 
 
+def tally(text: str) -> None:
+    """Sleep for so many seconds, and count that in COUNTS."""
+    count(text)
+    nap(text)
+
+
 def shop(text: str) -> str:
     """Be as busy as a shop, where some orders fail and some hang: for the README's picture."""
     time.sleep(random.lognormvariate(-1.5, 0.6) if "hang" not in text else 10**6)

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg2
@@ -71,20 +70,6 @@ def test_a_killed_producer_forgets_nothing_it_answered(stack: Stack, runs: pathl
         producer = stack.producer()
     stack.wait_status(ids, "success")
     assert set(stack.runs(runs)) == {f"n{index}" for index in range(1200)}
-
-
-@pytest.fixture
-def own(server_classes: tuple, tmp_path: pathlib.Path, postgres: Any) -> Iterator[Stack]:
-    """A project with a broker of its own, which the test may hurt."""
-    rabbit = server_classes[1](tmp_path / "rabbit")
-    rabbit.start()
-    stack = Stack(postgres, rabbit, tmp_path)
-    try:
-        yield stack
-    finally:
-        stack.close(queues=False)
-        rabbit.stop()
-        stack.print_logs()
 
 
 def test_a_killed_broker_comes_back_with_what_it_had(own: Stack, runs: pathlib.Path) -> None:

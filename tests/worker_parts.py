@@ -1,6 +1,7 @@
 """Parts of the benchmark that are about worker processes: tasks that take long, processors, memory,
 and a soak."""
 
+import contextlib
 import functools
 import pathlib
 import threading
@@ -26,8 +27,9 @@ def family(pid: int) -> list[int]:
     """Return a process and all that it has started."""
     pids = [pid]
     for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in path.read_text().split():
-            pids += family(int(child))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # has just ended
+            for child in path.read_text().split():
+                pids += family(int(child))
     return pids
 
 
@@ -35,9 +37,11 @@ def megabytes(pids: Iterable[int]) -> float:
     """Return the memory of processes, what they share divided among them (PSS)."""
     kilobytes = 0
     for pid in pids:
-        for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                kilobytes += int(line.split()[1])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # has just ended
+            text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
+            kilobytes += sum(
+                int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")
+            )
     return kilobytes / 1024
 
 
