@@ -24,6 +24,14 @@ WORKERS = 2
 RATE = 50  # tasks/s
 LATENCIES = 500
 WARM = 50
+QUEUES = [
+    "peer.celery",
+    "peer.dramatiq",
+    "peer.dramatiq.DQ",
+    "peer.dramatiq.XQ",
+    "peer.taskiq",
+    "taskiq.dead_letter",
+]
 PEER_ROWS = """
 CREATE TABLE peer_rows (
     number     bigint      PRIMARY KEY,
@@ -55,8 +63,6 @@ class Peer:
     processes: int = 1  # commands; of one the two workers are children
     rows: str = OWN_ROWS  # number, when it was created and when it ended
     share: float = 1.0  # of the tasks that ours gets
-    env: dict[str, str] = dataclasses.field(default_factory=dict)
-    version_of: str = ""
 
 
 PEERS = [
@@ -81,15 +87,17 @@ PEERS = [
         "Taskiq",
         "taskiq",
         "taskiq_peer",
-        f"taskiq worker tests.peers.taskiq_peer:broker --workers {WORKERS} --log-level WARNING",
+        f"taskiq worker tests.peers.taskiq_peer:broker --workers {WORKERS} --no-parse"
+        " --log-level WARNING",
         share=0.3,
     ),
     Peer(
         "Celery",
         "celery",
         "celery_peer",
-        f"celery -A tests.peers.celery_peer worker --concurrency {WORKERS} --loglevel WARNING"
+        "celery -A tests.peers.celery_peer worker --pool threads --concurrency 8 --loglevel WARNING"
         " --without-gossip --without-mingle --without-heartbeat",
+        processes=WORKERS,
         share=0.3,
     ),
     Peer(
@@ -135,10 +143,10 @@ class Run:
         """Return the environment of the peer's processes."""
         names = ("DATABASE_URL", "RABBITMQ_URL")
         urls = {name: self.bench.env[name] for name in names}
-        return urls | {"PATH": f"{environment()}:/usr/bin:/bin"} | self.peer.env
+        return urls | {"PATH": f"{environment()}:/usr/bin:/bin"}
 
     def send(self, first: int, count: int, rate: int | None = None) -> None:
-        """Create tasks by a process of its own; what they need before the first."""
+        """Create tasks by a process of its own, which makes first what they need."""
         words = [self.peer.module, str(first), str(count)] + [str(rate)] * (rate is not None)
         command = [str(environment() / "python"), "-m", "tests.peers.send", *words]
         subprocess.run(command, env=self.env(), cwd=servers.HERE, check=True)
@@ -154,7 +162,7 @@ class Run:
                 process.spawn(process.tied([str(environment() / program), *words]), self.env())
             yield
         except BaseException:
-            for log in logs:
+            for log in filter(pathlib.Path.exists, logs):
                 print(log.read_text("utf-8", "replace")[-4000:], file=sys.stderr)
             raise
         finally:
@@ -179,16 +187,6 @@ class Run:
         with self.bench.channel() as channel:
             for name in QUEUES:
                 channel.queue_delete(name)
-
-
-QUEUES = [
-    "peer.celery",
-    "peer.dramatiq",
-    "peer.dramatiq.DQ",
-    "peer.dramatiq.XQ",
-    "peer.taskiq",
-    "taskiq.dead_letter",
-]
 
 
 @contextlib.contextmanager

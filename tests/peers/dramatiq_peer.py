@@ -1,4 +1,8 @@
-"""Dramatiq on RabbitMQ."""
+"""Dramatiq on RabbitMQ, whose queues it makes classic and durable; it acks after the task.
+
+Two processes of 8 threads, its defaults, and of its middleware only Retries, by which a task that
+failed runs again: all six of them made it slower by a third. Other numbers of threads, and more
+messages in advance, were no faster."""
 
 import contextlib
 import os
@@ -10,9 +14,8 @@ from dramatiq.middleware import Retries
 
 from tests.peers import rows
 
-MIDDLEWARE = {"none": [], "retries": [Retries()], "all": None}[os.environ.get("PEER_MW", "retries")]
 broker = RabbitmqBroker(
-    url=os.environ["RABBITMQ_URL"], confirm_delivery=True, middleware=MIDDLEWARE
+    url=os.environ["RABBITMQ_URL"], confirm_delivery=True, middleware=[Retries()]
 )
 dramatiq.set_broker(broker)
 

@@ -1,4 +1,7 @@
-"""PgQueuer on PostgreSQL alone; its log keeps the ended jobs.
+"""PgQueuer on PostgreSQL alone; its log keeps the ended jobs, a statement for each batch.
+
+Two processes with uvloop, one connection of asyncpg in each; a pool was no faster. Started by its
+API: its command `pgq run` fails with typer 0.29 ('str' object has no attribute 'name').
 
 A worker: `python -m tests.peers.pgqueuer_peer BATCH`."""
 
@@ -16,12 +19,8 @@ from pgqueuer.queries import Queries
 
 async def work(batch: int) -> None:
     """Run jobs on one connection, so many at once, until a signal."""
-    if os.environ.get("PEER_POOL"):
-        pool = await asyncpg.create_pool(os.environ["DATABASE_URL"], min_size=4, max_size=4)
-        app = pgqueuer.PgQueuer.from_asyncpg_pool(pool)
-    else:
-        connection = await asyncpg.connect(os.environ["DATABASE_URL"])
-        app = pgqueuer.PgQueuer.from_asyncpg_connection(connection)
+    connection = await asyncpg.connect(os.environ["DATABASE_URL"])
+    app = pgqueuer.PgQueuer.from_asyncpg_connection(connection)
 
     @app.entrypoint("run")
     async def run(job: pgqueuer.Job) -> None:

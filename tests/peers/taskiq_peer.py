@@ -1,4 +1,7 @@
-"""Taskiq on RabbitMQ, by taskiq-aio-pika, with rows by asyncpg."""
+"""Taskiq on RabbitMQ by taskiq-aio-pika: a durable classic queue, messages acked after the row.
+
+Two processes with uvloop, 100 tasks at once in each, 10 connections of asyncpg, without pydantic's
+look at the arguments (--no-parse). A quorum queue, and 20 connections, were slower."""
 
 import asyncio
 import contextlib
@@ -14,15 +17,13 @@ INSERT = (
     " ON CONFLICT DO NOTHING"
 )
 
-broker = taskiq_aio_pika.AioPikaBroker(
-    os.environ["RABBITMQ_URL"], qos=int(os.environ.get("PEER_QOS", "200"))
-).with_queue(
+broker = taskiq_aio_pika.AioPikaBroker(os.environ["RABBITMQ_URL"], qos=1000).with_queue(
     taskiq_aio_pika.Queue(
         name="peer.taskiq",
-        type=taskiq_aio_pika.QueueType(os.environ.get("PEER_QUEUE", "quorum")),
+        type=taskiq_aio_pika.QueueType.CLASSIC,
     )
 )
-POOL = int(os.environ.get("PEER_POOL", "20"))
+POOL = 10
 
 
 @broker.on_event(taskiq.TaskiqEvents.WORKER_STARTUP)
