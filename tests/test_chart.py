@@ -12,9 +12,9 @@ RESULTS = {
     "pipe/s": 20_000.0,
     "pipe/s, blocking": 9000.0,
     "drain/s": 10_000.0,
-    "Celery 1.2.3, 9000 tasks, tasks/s": 1000.0,
+    "Celery 1.2.3, 9000 tasks, tasks/s": 996.0,
     "Celery 1.2.3 p50 ms": 12.0,
-    "PgQueuer 1.2.3, batches of 100, 30000 tasks, tasks/s": 12_000.0,
+    "PgQueuer 1.2.3, batches of 100, 30000 tasks, tasks/s": 12_019.0,
 }
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -36,6 +36,12 @@ def test_the_chart_has_a_bar_as_long_as_its_figure_for_each_that_was_measured():
         "10,000 · 0.50 of the pipe",
         "1,000 · 0.05 of the pipe",
     ]
+
+
+def test_the_longest_bar_has_room_also_if_a_peer_is_faster_than_the_pipe():
+    svg = ET.fromstring(chart.draw(RESULTS | {"pipe/s": 6_009.5}))
+    lengths = [int(bar.get("width")) for bar in svg.iter(f"{SVG}rect")][1:]
+    assert lengths[:2] == [chart.LONGEST // 2, chart.LONGEST]
 
 
 def test_the_chart_says_its_figures_aloud_and_stays_small():
