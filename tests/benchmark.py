@@ -26,7 +26,7 @@ from typing import Any
 import psycopg2
 
 from native import servers
-from tests import load, view_parts, worker_parts
+from tests import load, row_parts, view_parts, worker_parts
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
@@ -225,8 +225,9 @@ PARTS = {
     "memory": worker_parts.memory,
     "soak": worker_parts.soak,
     "views": view_parts.views,
+    "rows": row_parts.rows,
 }
-LONG = ("soak", "views")  # only when asked for
+LONG = ("soak", "views", "rows")  # only when asked for
 ALONE = ("pipe",)  # has nothing of the project
 
 
@@ -265,6 +266,7 @@ def options() -> argparse.Namespace:
     """Return the command line's words."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=30_000)
+    parser.add_argument("--rows", type=int, default=row_parts.ROWS, help="of each kind in `rows`")
     parser.add_argument("--only", default=",".join(p for p in PARTS if p not in LONG))
     parser.add_argument("--peer", help="a Python with fastapi, uvicorn[standard] and asyncpg")
     parser.add_argument("--runs", type=int, default=1, help="print the median of so many")
@@ -280,7 +282,7 @@ def main() -> None:
         pathlib.Path(folder).chmod(0o755)
         postgres = servers.Postgres(pathlib.Path(folder) / "postgres")
         rabbit = servers.Rabbit(pathlib.Path(folder) / "rabbit")
-        sides = [Side("this", postgres, rabbit, words.tasks, peer=words.peer)]
+        sides = [Side("this", postgres, rabbit, words.tasks, peer=words.peer, rows=words.rows)]
         if words.against:
             root = words.against.resolve()
             python = str(root / ".run/venv-test/bin/python")

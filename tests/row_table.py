@@ -1,0 +1,110 @@
+"""A table of millions of tasks for the benchmark: filled past the API, weighed and watched."""
+
+import contextlib
+import threading
+from typing import Any
+
+import psycopg2
+
+from tests import load
+from tests.measured import Measured
+
+DAYS = 10  # over which the finished tasks were created
+CHUNK = 1_000_000  # rows of one INSERT
+INDEX_MEMORY = "1GB"
+# An index on random values is never full for long: what grew by inserts is as if filled to this.
+GROWN_PERCENT = 70
+
+# What the producer's new_id() makes: 48 bits of milliseconds, then random ones.
+TIME_ORDERED_ID = """encode(
+    set_byte(
+        overlay(uuid_send(gen_random_uuid())
+            PLACING substring(int8send((extract(epoch FROM made) * 1000)::bigint) FROM 3) FROM 1),
+        6,
+        112 + (random() * 15)::int
+    ), 'hex')::uuid"""
+RANDOM_ID = "gen_random_uuid()"
+MADE = """
+SELECT now() - make_interval(secs => %(oldest)s - number * %(oldest)s::float8 / %(rows)s) AS made
+FROM generate_series(%(first)s, %(last)s) AS number
+"""
+INSERT_FINISHED = f"""
+INSERT INTO tasks
+    (id, text, status, created_at, sent_at, started_at, finished_at, seconds, host)
+SELECT %s, %%(text)s, 'success', made, made, made, made, 0.001, 'a host'
+FROM ({MADE.replace("%", "%%")}) AS made
+"""
+INSERT_WAITING = f"""
+INSERT INTO tasks (id, text, created_at)
+SELECT %s, %%(text)s, made
+FROM ({MADE.replace("%", "%%")}) AS made
+"""
+SELECT_INDEXES = """
+SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid)
+FROM pg_index
+WHERE indrelid = 'tasks'::regclass AND NOT indisprimary
+"""
+ADD_KEY = "ALTER TABLE tasks ADD CONSTRAINT tasks_pkey PRIMARY KEY (id) WITH (fillfactor = %s)"
+
+
+def insert(bench: Measured, statement: str, count: int, oldest: float) -> None:
+    """Insert so many rows that were created over the last `oldest` seconds, in two sessions."""
+    chunks = list(range(1, count + 1, CHUNK))
+
+    def work() -> None:
+        with contextlib.closing(psycopg2.connect(bench.database_url)) as session:
+            session.autocommit = True
+            while chunks:
+                first = chunks.pop(0)
+                session.cursor().execute(
+                    statement,
+                    {
+                        "text": load.TEXT,
+                        "first": first,
+                        "last": min(first + CHUNK - 1, count),
+                        "rows": count,
+                        "oldest": oldest,
+                    },
+                )
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def fill(bench: Measured, finished: int, waiting: int, time_ordered: bool = True) -> None:
+    """Fill the empty table, with the dispatch paused: what has finished was created over DAYS, what
+    waits in the last hour. The indexes are built afterwards, as full as a grown one is."""
+    bench.sql("INSERT INTO pause DEFAULT VALUES ON CONFLICT DO NOTHING")
+    indexes = dict(bench.sql(SELECT_INDEXES))
+    bench.sql(f"DROP INDEX {', '.join(indexes)}")
+    bench.sql("ALTER TABLE tasks DROP CONSTRAINT tasks_pkey, SET (autovacuum_enabled = false)")
+    id_ = TIME_ORDERED_ID if time_ordered else RANDOM_ID
+    insert(bench, INSERT_FINISHED % id_, finished, DAYS * 86_400)
+    insert(bench, INSERT_WAITING % id_, waiting, 3600)
+    with contextlib.closing(psycopg2.connect(bench.database_url)) as session:
+        session.autocommit = True
+        cursor = session.cursor()
+        cursor.execute(f"SET maintenance_work_mem = '{INDEX_MEMORY}'")
+        cursor.execute(ADD_KEY, (90 if time_ordered else GROWN_PERCENT,))
+        for name, definition in indexes.items():
+            grown = f" WITH (fillfactor = {GROWN_PERCENT}) WHERE"
+            random = name == "tasks_pending"
+            cursor.execute(definition.replace(" WHERE", grown, 1) if random else definition)
+        for name in ("tasks_pkey", "tasks_pending"):  # what is split from now on is split as ever
+            cursor.execute(f"ALTER INDEX {name} RESET (fillfactor)")
+        cursor.execute("VACUUM (FREEZE, ANALYZE) tasks")
+        cursor.execute("ALTER TABLE tasks RESET (autovacuum_enabled)")
+        cursor.execute("CHECKPOINT")
+
+
+def sizes(bench: Measured) -> dict[str, float]:
+    """Return the megabytes of the table and of each index."""
+    rows: list[Any] = bench.sql(
+        "SELECT 'table', pg_table_size('tasks') UNION ALL"
+        " SELECT indexrelid::regclass::text, pg_relation_size(indexrelid)"
+        " FROM pg_index WHERE indrelid = 'tasks'::regclass"
+    )
+    return {name: size / 1e6 for name, size in rows}
