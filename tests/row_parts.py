@@ -129,6 +129,7 @@ def drain(
 ) -> Results:
     """Return what a drain with new processes is like while as many rows wait all the time."""
     with bench.running("producer", **env), bench.running("consumer", 2):
+        row_table.warm(bench)
         if checkpoint:
             bench.sql("CHECKPOINT")
         bench.sql("DELETE FROM pause")
@@ -178,6 +179,7 @@ def creates(small: Measured, big: Measured) -> Results:
     for _ in range(RUNS):
         pair: Results = {}
         for bench, name in ((small, "small: create"), (big, "big: create")):
+            row_table.warm(bench)
             bench.sql("CHECKPOINT")
             service = bench.start("producer", RABBITMQ_URL=NO_BROKER)
             until(lambda bench=bench: load.creates(bench.url), what="producer takes tasks")

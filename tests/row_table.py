@@ -39,6 +39,12 @@ INSERT INTO tasks (id, text, created_at)
 SELECT %s, %%(text)s, made
 FROM ({MADE.replace("%", "%%")}) AS made
 """
+SELECT_FILES = """
+SELECT pg_relation_filepath(oid)
+FROM pg_class
+WHERE oid = 'tasks'::regclass
+    OR oid IN (SELECT indexrelid FROM pg_index WHERE indrelid = 'tasks'::regclass)
+"""
 SELECT_INDEXES = """
 SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid)
 FROM pg_index
@@ -98,6 +104,17 @@ def fill(bench: Measured, finished: int, waiting: int, time_ordered: bool = True
         cursor.execute("VACUUM (FREEZE, ANALYZE) tasks")
         cursor.execute("ALTER TABLE tasks RESET (autovacuum_enabled)")
         cursor.execute("CHECKPOINT")
+
+
+def warm(bench: Measured) -> None:
+    """Read all files of the table, so that what is measured does not depend on what the kernel has
+    kept of them."""
+    for (name,) in bench.sql(SELECT_FILES):
+        path = bench.postgres.data / name
+        for file in path.parent.glob(f"{path.name}*"):
+            with file.open("rb") as pages:
+                while pages.read(2**20):
+                    pass
 
 
 def sizes(bench: Measured) -> dict[str, float]:
