@@ -72,12 +72,12 @@ def ran(bench: Measured) -> int:
 @contextlib.contextmanager
 def topped_up(bench: Measured, id_: str) -> Iterator[None]:
     """Insert a row for each run, so that as many wait all the time."""
-    stop = threading.Event()
+    stop, inserted = threading.Event(), ran(bench)
 
     def work() -> None:
+        nonlocal inserted
         with contextlib.closing(psycopg2.connect(bench.database_url)) as session:
             session.autocommit = True
-            inserted = ran(bench)
             while not stop.wait(0.1):
                 due = ran(bench) - inserted
                 session.cursor().execute(INSERT_NEW.format(id=id_), (load.TEXT, due))
@@ -132,11 +132,12 @@ def drain(
         row_table.warm(bench)
         if checkpoint:
             bench.sql("CHECKPOINT")
-        bench.sql("DELETE FROM pause")
         with topped_up(bench, id_):
+            bench.sql("DELETE FROM pause")
             results = flow(bench, name, seconds, done)
-        bench.sql("INSERT INTO pause DEFAULT VALUES ON CONFLICT DO NOTHING")
-        until(lambda: bench.sql(ANY_SENT) == [(False,)], what="what is in the queue has ended")
+            bench.sql("INSERT INTO pause DEFAULT VALUES ON CONFLICT DO NOTHING")
+            until(lambda: bench.sql(ANY_SENT) == [(False,)], what="what is in the queue has ended")
+            time.sleep(0.5)  # and has been topped up
     return results
 
 
