@@ -31,7 +31,6 @@ SAMPLE_SECONDS = 5.0
 WARM = 3000  # runs before the clock starts
 CREATES = 15_000
 SENT = (2000, 100_000)
-MANY = 10**6  # rows that are due, or old, at once
 OLD_DAYS = 9  # a tenth of row_table.DAYS is older
 NO_BROKER = "amqp://tasks:tasks@127.0.0.1:1/%2F"
 INSERT_NEW = """
@@ -125,11 +124,12 @@ def drain(
     done: Callable[[], bool] = lambda: True,
     id_: str = row_table.TIME_ORDERED_ID,
     checkpoint: bool = True,
+    prepare: Callable[[Measured], None] = row_table.warm,
     **env: Any,
 ) -> Results:
     """Return what a drain with new processes is like while as many rows wait all the time."""
     with bench.running("producer", **env), bench.running("consumer", 2):
-        row_table.warm(bench)
+        prepare(bench)
         if checkpoint:
             bench.sql("CHECKPOINT")
         with topped_up(bench, id_):
@@ -219,9 +219,9 @@ def rescue(bench: Measured) -> Results:
     return results
 
 
-def release(bench: Measured) -> Results:
-    """The drain while a million delayed rows are due at once."""
-    bench.sql(INSERT_DUE, MANY)
+def release(bench: Measured, count: int) -> Results:
+    """The drain while so many delayed rows are due at once."""
+    bench.sql(INSERT_DUE, count)
     bench.sql("ANALYZE tasks")
     steps = [turn(bench, housekeeper.release_due) for _ in range(10)]
     due = "SELECT EXISTS (SELECT FROM tasks WHERE delayed)"
@@ -230,7 +230,7 @@ def release(bench: Measured) -> Results:
 
 
 def retention(bench: Measured) -> Results:
-    """The drain, then creates, while a million old rows are deleted."""
+    """The drain while a tenth of the finished rows is deleted."""
     [(bound,)] = bench.sql("SELECT now() - %s * interval '1 day'", OLD_DAYS)
     old = "FROM tasks WHERE status = 'success' AND finished_at < %s"
     [(before,)] = bench.sql(f"SELECT count(*) {old}", bound)
@@ -290,7 +290,13 @@ def rows(side: Side) -> Results:
     results: Results = {}
     with tables(side, True) as (small, big):
         results |= alternating(small, big) | creates(small, big) | minutes(small, big)
-        results |= rescue(big) | release(big) | retention(big) | creates_beside_retention(big)
+        results |= drain(big, "from the disk", 20, prepare=row_table.chill)
+        results |= (
+            rescue(big)
+            | release(big, side.rows // 10)
+            | retention(big)
+            | creates_beside_retention(big)
+        )
         results |= dumps(big)
     with tables(side, False) as (small, big):
         random = alternating(small, big, row_table.RANDOM_ID) | row_table.sizes(big)

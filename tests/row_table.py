@@ -1,8 +1,10 @@
 """A table of millions of tasks for the benchmark: filled past the API, weighed and watched."""
 
 import contextlib
+import os
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import psycopg2
 
@@ -106,15 +108,28 @@ def fill(bench: Measured, finished: int, waiting: int, time_ordered: bool = True
         cursor.execute("CHECKPOINT")
 
 
-def warm(bench: Measured) -> None:
-    """Read all files of the table, so that what is measured does not depend on what the kernel has
-    kept of them."""
+def files(bench: Measured) -> Iterator[BinaryIO]:
+    """Yield each file of the table and of its indexes, open for reading."""
     for (name,) in bench.sql(SELECT_FILES):
         path = bench.postgres.data / name
-        for file in path.parent.glob(f"{path.name}*"):
-            with file.open("rb") as pages:
-                while pages.read(2**20):
-                    pass
+        for part in path.parent.glob(f"{path.name}*"):
+            with part.open("rb") as file:
+                yield file
+
+
+def warm(bench: Measured) -> None:
+    """Read the whole table, so that nothing depends on what the kernel has kept of it."""
+    for file in files(bench):
+        while file.read(2**20):
+            pass
+
+
+def chill(bench: Measured) -> None:
+    """Have the kernel forget the table, as if the machine had no memory for it."""
+    bench.sql("CHECKPOINT")
+    for file in files(bench):
+        os.fsync(file.fileno())  # only what is on the disk can be forgotten
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sizes(bench: Measured) -> dict[str, float]:
