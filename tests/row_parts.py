@@ -23,7 +23,6 @@ from tests.stack import until
 Results = dict[str, float]
 
 ROWS = 10**7  # waiting, and as many finished
-SMALL = 10_000  # waiting and finished rows of what is compared with
 RUNS = 3
 SHORT_SECONDS = 8.0
 LONG_SECONDS = 240.0
@@ -271,33 +270,14 @@ def dumps(bench: Measured) -> Results:
     return results | drain(bench, "after a dump", 90)
 
 
-@contextlib.contextmanager
-def tables(side: Side, time_ordered: bool) -> Iterator[tuple[Measured, Measured]]:
-    """Yield a project with a small table and one with a big one; they share the queues, so only
-    one of them works at a time."""
-    with side.bench() as small, side.bench() as big:
-        for bench, rows in ((small, SMALL), (big, side.rows)):
-            with bench.running("producer"):
-                pass  # the table
-            began = time.monotonic()
-            row_table.fill(bench, rows, rows, time_ordered)
-            say(f"two times {rows} rows in {time.monotonic() - began:.0f} s")
-        yield small, big
-
-
 def rows(side: Side) -> Results:
     """All of it with time-ordered ids, and what matters with random ones."""
     results: Results = {}
-    with tables(side, True) as (small, big):
+    with row_table.pair(side, True) as (small, big):
         results |= alternating(small, big) | creates(small, big) | minutes(small, big)
         results |= drain(big, "from the disk", 20, prepare=row_table.chill)
-        results |= (
-            rescue(big)
-            | release(big, side.rows // 10)
-            | retention(big)
-            | creates_beside_retention(big)
-        )
-        results |= dumps(big)
-    with tables(side, False) as (small, big):
+        results |= rescue(big) | release(big, side.rows // 10)
+        results |= retention(big) | creates_beside_retention(big) | dumps(big)
+    with row_table.pair(side, False) as (small, big):
         random = alternating(small, big, row_table.RANDOM_ID) | row_table.sizes(big)
         return results | {f"random ids: {name}": value for name, value in random.items()}

@@ -3,14 +3,16 @@
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import psycopg2
 
 from tests import load
-from tests.measured import Measured
+from tests.measured import Measured, Side
 
+SMALL = 10_000  # rows of each kind in the table to compare with
 DAYS = 10  # over which the finished tasks were created
 CHUNK = 1_000_000  # rows of one INSERT
 INDEX_MEMORY = "1GB"
@@ -140,3 +142,17 @@ def sizes(bench: Measured) -> dict[str, float]:
         " FROM pg_index WHERE indrelid = 'tasks'::regclass"
     )
     return {name: size / 1e6 for name, size in rows}
+
+
+@contextlib.contextmanager
+def pair(side: Side, time_ordered: bool) -> Iterator[tuple[Measured, Measured]]:
+    """Yield a project with a small table and one with a big one; they share the queues, so only
+    one of them works at a time."""
+    with side.bench() as small, side.bench() as big:
+        for bench, rows in ((small, SMALL), (big, side.rows)):
+            with bench.running("producer"):
+                pass  # the table
+            began = time.monotonic()
+            fill(bench, rows, rows, time_ordered)
+            print(f"two times {rows} rows in {time.monotonic() - began:.0f} s", flush=True)
+        yield small, big
