@@ -27,7 +27,7 @@ from typing import Any
 import psycopg2
 
 from native import servers
-from tests import chart, fleet_parts, load, peer_parts, table, view_parts, worker_parts
+from tests import chart, fleet_parts, load, peer_parts, row_parts, table, view_parts, worker_parts
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
@@ -226,14 +226,11 @@ PARTS = {
     "memory": worker_parts.memory,
     "soak": worker_parts.soak,
     "views": view_parts.views,
-    "fleet": fleet_parts.whole,
-    "fleet-sizes": fleet_parts.sizes,
-    "fleet-producers": fleet_parts.producers,
-    "fleet-outages": fleet_parts.outages,
+    "rows": row_parts.rows,
+    **fleet_parts.PARTS,
     "peers": peer_parts.peers,
 }
-FLEET = ("fleet", "fleet-sizes", "fleet-producers", "fleet-outages")
-LONG = ("soak", "views", "peers", *FLEET)  # only when asked for
+LONG = ("soak", "views", "rows", "peers", *fleet_parts.PARTS)  # only when asked for
 ALONE = ("pipe", "peers")  # have nothing of the project
 
 
@@ -254,6 +251,7 @@ def options() -> argparse.Namespace:
     """Return the command line's words."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=30_000)
+    parser.add_argument("--rows", type=int, default=row_parts.ROWS, help="of each kind in `rows`")
     parser.add_argument("--only", default=",".join(p for p in PARTS if p not in LONG))
     parser.add_argument("--peers", action="store_true", help="install and measure the peers too")
     parser.add_argument("--runs", type=int, default=1, help="print the median of so many")
@@ -271,7 +269,7 @@ def main() -> None:
         pathlib.Path(folder).chmod(0o755)
         postgres = servers.Postgres(pathlib.Path(folder) / "postgres")
         rabbit = servers.Rabbit(pathlib.Path(folder) / "rabbit")
-        sides = [Side("this", postgres, rabbit, words.tasks, peer=peer)]
+        sides = [Side("this", postgres, rabbit, words.tasks, peer=peer, rows=words.rows)]
         if words.against:
             root = words.against.resolve()
             python = str(root / ".run/venv-test/bin/python")
