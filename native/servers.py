@@ -16,7 +16,14 @@ import sys
 from native.processes import HERE, LOG_BYTES, STOP_SECONDS, Missing, Process, free_port
 
 AMQP_HEADER = b"AMQP\0\0\x09\x01"
-POSTGRES_SETTINGS = {"shared_buffers": "128MB", "max_connections": "100"}
+POSTGRES_SETTINGS = {
+    "shared_buffers": "128MB",
+    "max_connections": "100",
+    # After a checkpoint the first change of a page writes all of it to the WAL. A drain out of
+    # millions of rows changes three pages a task: with 1 GB it is always just after one.
+    "max_wal_size": "4GB",
+    "wal_compression": "lz4",
+}
 # The broker of Debian 12 knows no x-consumer-timeout; a task may run for hours all the same.
 RABBIT_CONFIG = f"""
 consumer_timeout = 2000000000

@@ -1,12 +1,13 @@
 """Measures the service beside a bare pika pipe, on private servers, in one run: ratios, since the
 figures of a shared machine are not worth much alone.
 
-Run it with `sudo bash run.sh bench [--tasks 30000] [--only drain,create] [--runs 5] [--peer PYTHON]
+Run it with `sudo bash run.sh bench [--tasks 30000] [--only drain,create] [--runs 5] [--peers]
 [--against DIR]`: the table goes to stdout, its JSON to .run/benchmark.json, progress to stderr.
 
-PYTHON is an interpreter with fastapi, uvicorn[standard] and asyncpg, for the comparison of
-create-task at its strongest: uvloop, httptools, no access log, as many pooled connections as
-clients. DIR is another checkout: its scripts are measured too, by its .run/venv-test, in turns."""
+With --peers, pip installs other task queues into .run/venv-peers, and they are measured too, at
+their strongest: see tests/peers and docs/benchmark.md. benchmark.svg shows them if pipe and drain
+were measured. DIR is another checkout: its scripts are measured too, by its .run/venv-test, in
+turns."""
 
 import argparse
 import contextlib
@@ -26,7 +27,7 @@ from typing import Any
 import psycopg2
 
 from native import servers
-from tests import fleet_parts, load, view_parts, worker_parts
+from tests import chart, fleet_parts, load, peer_parts, row_parts, table, view_parts, worker_parts
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
@@ -225,20 +226,12 @@ PARTS = {
     "memory": worker_parts.memory,
     "soak": worker_parts.soak,
     "views": view_parts.views,
-    "fleet": fleet_parts.whole,
-    "fleet-sizes": fleet_parts.sizes,
-    "fleet-producers": fleet_parts.producers,
-    "fleet-outages": fleet_parts.outages,
+    "rows": row_parts.rows,
+    **fleet_parts.PARTS,
+    "peers": peer_parts.peers,
 }
-LONG = (
-    "soak",
-    "views",
-    "fleet",
-    "fleet-sizes",
-    "fleet-producers",
-    "fleet-outages",
-)  # only when asked for
-ALONE = ("pipe",)  # has nothing of the project
+LONG = ("soak", "views", "rows", "peers", *fleet_parts.PARTS)  # only when asked for
+ALONE = ("pipe", "peers")  # have nothing of the project
 
 
 def measure(sides: list[Side], parts: list[str], runs: int) -> dict[str, dict[str, list[float]]]:
@@ -254,30 +247,13 @@ def measure(sides: list[Side], parts: list[str], runs: int) -> dict[str, dict[st
     return samples
 
 
-def report(results: dict[str, Results]) -> None:
-    """Print the table: ratios to the bare pipe and to the other side, where there are such."""
-    this, *others = results.values()
-    pipe = this.get("pipe/s")
-    other = others[0] if others else {}
-    head = f"{'measured':<44} {'value':>12} {'of the pipe':>12}"
-    print(head + (f" {'against':>12} {'ratio':>8}" if others else ""))
-    for name, value in this.items():
-        per_second = name.endswith("/s") or "/s " in name or "/s," in name
-        line = f"{name:<44} {value:12.1f} "
-        line += f"{value / pipe:12.2f}" if pipe and per_second else " " * 12
-        if name in other:
-            line += f" {other[name]:12.1f} {value / other[name]:8.2f}"
-        print(line)
-    if "FastAPI create/s" in this:
-        print(f"create of FastAPI's: {this['create/s'] / this['FastAPI create/s']:.2f}")
-
-
 def options() -> argparse.Namespace:
     """Return the command line's words."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=30_000)
+    parser.add_argument("--rows", type=int, default=row_parts.ROWS, help="of each kind in `rows`")
     parser.add_argument("--only", default=",".join(p for p in PARTS if p not in LONG))
-    parser.add_argument("--peer", help="a Python with fastapi, uvicorn[standard] and asyncpg")
+    parser.add_argument("--peers", action="store_true", help="install and measure the peers too")
     parser.add_argument("--runs", type=int, default=1, help="print the median of so many")
     parser.add_argument("--against", type=pathlib.Path, help="another checkout")
     return parser.parse_args()
@@ -287,11 +263,13 @@ def main() -> None:
     """Run the parts that are asked for, and print and write their results."""
     words = options()
     clean_environment()
+    peer = str(peer_parts.environment() / "python") if words.peers else None
+    parts = words.only.split(",") + ["peers"] * words.peers
     with tempfile.TemporaryDirectory(prefix="tasks-bench-", dir="/var/tmp") as folder:
         pathlib.Path(folder).chmod(0o755)
         postgres = servers.Postgres(pathlib.Path(folder) / "postgres")
         rabbit = servers.Rabbit(pathlib.Path(folder) / "rabbit")
-        sides = [Side("this", postgres, rabbit, words.tasks, peer=words.peer)]
+        sides = [Side("this", postgres, rabbit, words.tasks, peer=peer, rows=words.rows)]
         if words.against:
             root = words.against.resolve()
             python = str(root / ".run/venv-test/bin/python")
@@ -299,7 +277,7 @@ def main() -> None:
         postgres.start()
         rabbit.start()
         try:
-            samples = measure(sides, words.only.split(","), words.runs)
+            samples = measure(sides, parts, words.runs)
         finally:
             rabbit.stop()
             postgres.stop()
@@ -307,10 +285,12 @@ def main() -> None:
         side: {name: statistics.median(values) for name, values in parts.items()}
         for side, parts in samples.items()
     }
-    report(results)
+    table.show(results)
     machine = {"machine": platform.platform(), "runs": words.runs, "tasks": words.tasks}
     output = servers.HERE / ".run" / "benchmark.json"  # run.sh has made the folder
     output.write_text(json.dumps(machine | {"results": results, "samples": samples}, indent=1))
+    if words.peers and {"pipe", "drain"} <= set(parts):
+        chart.main()
 
 
 if __name__ == "__main__":

@@ -221,3 +221,11 @@ def outages(side: Side) -> Results:
 def whole(side: Side) -> Results:
     """Measure it all: half an hour."""
     return sizes(side) | producers(side) | outages(side)
+
+
+PARTS = {
+    "fleet": whole,
+    "fleet-sizes": sizes,
+    "fleet-producers": producers,
+    "fleet-outages": outages,
+}

@@ -205,7 +205,7 @@ def create_peer(python: str, database_url: str, folder: pathlib.Path, count: int
     port = servers.free_port()
     url = f"http://127.0.0.1:{port}"
     peer = servers.Process(folder / "peer.log")
-    app = ["fastapi_peer:app", "--app-dir", str(servers.HERE / "tests"), "--port", str(port)]
+    app = ["tests.peers.fastapi_peer:app", "--port", str(port)]
     fast = ["--loop", "uvloop", "--http", "httptools", "--no-access-log"]
     env = {"DATABASE_URL": database_url, "PATH": "/usr/bin:/bin"}
     peer.spawn(peer.tied([python, "-m", "uvicorn", *app, *fast]), env)

@@ -92,6 +92,7 @@ class Side:
     root: pathlib.Path = servers.HERE
     python: str = sys.executable
     peer: str | None = None
+    rows: int = 10**7
 
     @contextlib.contextmanager
     def bench(self) -> Iterator[Measured]:

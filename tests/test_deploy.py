@@ -218,8 +218,14 @@ def test_the_servers_are_set_up_as_in_compose() -> None:
     assert f"FROM {rabbit['image']}\n" in (servers.HERE / "Dockerfile.rabbit").read_text()
     limit = test_observability.COMPOSE["services"]["rabbit"]["mem_limit"]
     assert rabbit["resources"]["limits"]["memory"].lower() == f"{limit}i"
-    version = named("Cluster", "postgres")["imageName"].partition(":")[2].partition("-")[0]
-    assert test_observability.COMPOSE["services"]["postgres"]["image"] == f"postgres:{version}"
+    compose = test_observability.COMPOSE["services"]["postgres"]
+    cluster = named("Cluster", "postgres")
+    version = cluster["imageName"].partition(":")[2].partition("-")[0]
+    assert compose["image"] == f"postgres:{version}"
+    wal = {name: servers.POSTGRES_SETTINGS[name] for name in ("max_wal_size", "wal_compression")}
+    assert cluster["postgresql"]["parameters"] == wal
+    words = [word for name, value in wal.items() for word in ("-c", f"{name}={value}")]
+    assert compose["command"] == ["postgres", *words]
 
 
 @pytest.mark.pure
