@@ -186,6 +186,47 @@ def test_an_array_of_reports_is_judged_one_by_one(api: Stack) -> None:
     assert api.get(first)["result"] == "fine"
 
 
+def test_reports_of_one_task_count_in_their_order(api: Stack) -> None:
+    first, second, third = api.create("a", "b", "c")
+    report = {"taskStatus": "success", "attempt": 1}
+    failed = {"taskStatus": "error", "attempt": 1, "error": "failed"}
+    answer = api.put(
+        [
+            {"taskId": first, "result": "1"} | report,
+            {"taskId": first, "result": "2"} | report,
+            {"taskId": second} | failed,
+            {"taskId": second, "result": "3"} | report,
+            {"taskId": third, "result": "4"} | report,
+            {"taskId": third} | failed,
+        ]
+    )
+    reasons = [(each["index"], each["reason"][:31]) for each in answer.json()["rejected"]]
+    assert reasons == [(5, "success does not become error; ")]
+    for task_id, result in ((first, "1"), (second, "3"), (third, "4")):
+        task = api.get(task_id)
+        assert (task["taskStatus"], task["result"], task["error"]) == ("success", result, None)
+
+
+def test_an_attempt_that_no_row_can_have_is_stale(api: Stack) -> None:
+    [task_id] = api.create("a")
+    for attempt in (0, -1, 2**31, 2**63):
+        report = {"taskId": task_id, "taskStatus": "success", "attempt": attempt}
+        answer = api.put([report])
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["rejected"][0]["reason"].startswith("stale: attempt")
+    assert api.get(task_id)["taskStatus"] in ("pending", "sent")
+
+
+def test_a_task_twice_in_an_array_is_one_task_as_its_row_says(api: Stack) -> None:
+    task_id = str(uuid.uuid4())
+    body = [{"text": "x", "taskId": task_id, "timeoutSeconds": seconds} for seconds in (1, 2)]
+    answer = api.session.post(api.url + CREATE, json=body)
+    assert answer.status_code == 201
+    assert answer.json()[0] == answer.json()[1]
+    assert answer.json()[0]["timeoutSeconds"] == api.get(task_id)["timeoutSeconds"]
+    assert "history" not in answer.json()[0]
+
+
 def test_an_id_that_json_cannot_carry_is_rejected_like_any_other(api: Stack) -> None:
     url, headers = api.url + PUT, {"Content-Type": "application/json"}
     for body in (b'[{"taskId": "\\ud800"}]', b'[{"taskId": 1e999}]'):

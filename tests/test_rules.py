@@ -211,6 +211,7 @@ def test_a_malformed_time_limit_says_what_was_expected(value: object) -> None:
 def test_a_message_comes_back_as_it_was() -> None:
     for message in (
         forms.Message(HERE, "любой\n", 2, 1234567890123456, 2.5),
+        forms.Message(HERE, '"\\ \x01\u2028\U0001f600 {}', 3, 0, 1e-07),
         forms.Message(HERE, "of version 1.1", 1),
     ):
         assert forms.parse_message(message.as_body()) == message
