@@ -16,7 +16,6 @@ import json
 import pathlib
 import platform
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,17 @@ from typing import Any
 import psycopg2
 
 from native import servers
-from tests import chart, fleet_parts, load, peer_parts, row_parts, table, view_parts, worker_parts
+from tests import (
+    chart,
+    cost_parts,
+    fleet_parts,
+    load,
+    peer_parts,
+    row_parts,
+    table,
+    view_parts,
+    worker_parts,
+)
 from tests.measured import Measured, Side
 from tests.stack import clean_environment, until
 
@@ -179,18 +188,14 @@ def everything(side: Side) -> Results:
             bench.create(*[load.TEXT] * 100)
         bench.wait_ends(side.tasks)
         memory = {
-            f"peak MB {services[0].script}": max(peak_megabytes(each.pid) for each in services)
+            f"peak MB {services[0].script}": max(
+                worker_parts.peak_megabytes(each.pid) for each in services
+            )
             for services in (producers, consumers)
         }
         span = "extract(epoch FROM max(finished_at) - min(created_at))::float8"
         [(seconds,)] = bench.sql(f"SELECT {span} FROM tasks")
     return {"everything at once, tasks/s": side.tasks / seconds} | memory
-
-
-def peak_megabytes(pid: int) -> float:
-    """Return a process's peak resident memory."""
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
 
 def latency(side: Side) -> Results:
@@ -227,10 +232,11 @@ PARTS = {
     "soak": worker_parts.soak,
     "views": view_parts.views,
     "rows": row_parts.rows,
+    "costs": cost_parts.costs,
     **fleet_parts.PARTS,
     "peers": peer_parts.peers,
 }
-LONG = ("soak", "views", "rows", "peers", *fleet_parts.PARTS)  # only when asked for
+LONG = ("soak", "views", "rows", "costs", "peers", *fleet_parts.PARTS)  # only when asked for
 ALONE = ("pipe", "peers")  # have nothing of the project
 
 

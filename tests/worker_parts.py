@@ -4,6 +4,7 @@ and a soak."""
 import contextlib
 import functools
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -43,6 +44,12 @@ def megabytes(pids: Iterable[int]) -> float:
                 int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")
             )
     return kilobytes / 1024
+
+
+def peak_megabytes(pid: int) -> float:
+    """Return a process's peak resident memory."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
 
 def processor_seconds(pids: Iterable[int]) -> float:
