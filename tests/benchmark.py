@@ -4,10 +4,8 @@ figures of a shared machine are not worth much alone.
 Run it with `sudo bash run.sh bench [--tasks 30000] [--only drain,create] [--runs 5] [--peers]
 [--against DIR]`: the table goes to stdout, its JSON to .run/benchmark.json, progress to stderr.
 
-With --peers, pip installs other task queues into .run/venv-peers, and they are measured too, at
-their strongest: see tests/peers and docs/benchmark.md. benchmark.svg shows them if pipe and drain
-were measured. DIR is another checkout: its scripts are measured too, by its .run/venv-test, in
-turns."""
+With --peers, other task queues are measured too (docs/benchmark.md), and benchmark.svg is drawn.
+DIR is another checkout: its scripts are measured, by its .run/venv-test, in turns."""
 
 import argparse
 import contextlib
