@@ -1,5 +1,4 @@
-"""Measures the service beside a bare pika pipe, on private servers, in one run: ratios, since the
-figures of a shared machine are not worth much alone.
+"""Measures the service beside a bare pika pipe, on private servers, in one run: ratios count.
 
 Run it with `sudo bash run.sh bench [--tasks 30000] [--only drain,create] [--runs 5] [--peers]
 [--against DIR]`: the table goes to stdout, its JSON to .run/benchmark.json, progress to stderr.
