@@ -160,6 +160,7 @@ def stop_in_time(stop: threading.Event, in_flight: InFlight) -> None:
 def main() -> None:
     """Consume until SIGTERM or SIGINT; then finish and report what runs."""
     process.start_logging()
+    process.calm_garbage_collector()
     stop = threading.Event()
     process.stop_on_signals(stop)
     in_flight = InFlight(str(uuid.uuid4()), CONCURRENCY)

@@ -14,7 +14,6 @@ from waiting import Waiting
 
 log = logging.getLogger("in_flight")
 
-REPORT_SECONDS = 0.05  # between two reports while there is more to do
 STUCK_SECONDS = 2  # unstarted for so long behind a busy worker: somebody else may be idle
 NAMED_SECONDS = 2  # in flight for so long: the heartbeat names it
 
@@ -138,12 +137,12 @@ class InFlight:
             self.leave(entry)
         settle(verdicts)
 
-    def collect(self, last: float, beat_at: float) -> list[tuple[Entry, Report]]:
+    def collect(self, soon_at: float, beat_at: float) -> list[tuple[Entry, Report]]:
         """Wait until something is to be reported and return it, outcomes and asks; nothing when a
         heartbeat is due.
 
-        Outcomes go out when no others come soon, or REPORT_SECONDS after the last report: one at a
-        time when tasks are slow, hundreds together when they are fast.
+        Outcomes go out when no others come soon, or at soon_at: one at a time when tasks are slow,
+        hundreds together when they are fast.
         """
         with self.lock:
             while True:
@@ -151,7 +150,7 @@ class InFlight:
                 for entry in self.outcomes.bring_back(now, self.stopping):
                     self.waiting.asking[entry] = None
                 soon = self.has_more() and not self.stopping
-                report_at = last + REPORT_SECONDS if soon else now
+                report_at = soon_at if soon else now
                 if now >= beat_at:
                     return []
                 done = bool(self.outcomes.done)

@@ -1,6 +1,7 @@
 """What every script does alike as a process: settings from the environment, logging, signals and
 the one back-off. Knows neither the broker nor the database."""
 
+import gc
 import logging
 import os
 import random
@@ -79,6 +80,14 @@ def printable(value: object) -> str:
     text = str(value).strip() or type(value).__name__
     text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:1000])
     return text if len(text) <= MAX_LOGGED_CHARACTERS else text[:MAX_LOGGED_CHARACTERS] + "…"
+
+
+def calm_garbage_collector() -> None:
+    """Look for cycles of garbage less often, and not among what the imports have made: that took a
+    twelfth of the time of instant tasks. What is in no cycle is freed at once as ever."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def start_logging() -> None:

@@ -203,6 +203,7 @@ def start_background() -> None:
 def main() -> None:
     """Serve and dispatch until SIGTERM or SIGINT."""
     process.start_logging()
+    process.calm_garbage_collector()
     process.stop_on_signals(stop)
     try:
         access.check_tokens()
