@@ -20,7 +20,7 @@ usage='expected RabbitMQ 3.10 or 4.0, PostgreSQL 15 or 17, Python 3.11 or 3.13'
 [[ ${*:1:3} =~ ^(3\.10|4|4\.0)\ (15|17)\ 3\.1(1|3)$ ]] || fail "$usage, not ${*:1:3}"
 rabbitmq=$1 postgresql=$2 python=$3
 shift 3
-# Two minutes: what the servers and Python decide, but for the longest.
+# What the servers and Python decide, but for the longest: four minutes on two busy cores.
 chosen='not (test_faults or test_leases or test_producer or protocol or dead_entries)'
 chosen+=' or broker or killed or database or connection or array'
 [ $# -gt 0 ] || set -- --numprocesses=3 --chaos-seed=7 --chaos-seconds=20 -k "$chosen" \
