@@ -78,7 +78,10 @@ class Cluster:
         self.epmd_port = processes.free_port()
         self.epmd: subprocess.Popen[bytes] | None = None
         self.nodes = [
-            Node(folder / name.partition("@")[0], name, self.names, self.epmd_port)
+            # RabbitMQ 4 waits for all that it is to look for, and wants to find itself.
+            Node(
+                folder / name.partition("@")[0], name, sorted({self.names[0], name}), self.epmd_port
+            )
             for name in self.names
         ]
         self.url = ",".join(node.url for node in self.nodes)
