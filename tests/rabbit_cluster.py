@@ -78,10 +78,7 @@ class Cluster:
         self.epmd_port = processes.free_port()
         self.epmd: subprocess.Popen[bytes] | None = None
         self.nodes = [
-            # RabbitMQ 4 waits for all that it is to look for, and wants to find itself.
-            Node(
-                folder / name.partition("@")[0], name, sorted({self.names[0], name}), self.epmd_port
-            )
+            Node(folder / name.partition("@")[0], name, peers_of(name, self.names), self.epmd_port)
             for name in self.names
         ]
         self.url = ",".join(node.url for node in self.nodes)
@@ -140,6 +137,14 @@ class Cluster:
         if leader != to:
             self.nodes[to].eval(f"ra:transfer_leadership({', '.join(servers_of_queue)})")
         until(lambda: self.leader_of(queue, to) == to, what=f"node {to} leads {queue}")
+
+
+def peers_of(name: str, names: list[str]) -> list[str]:
+    """Return the nodes that a new one looks for. The first starts alone, and with RabbitMQ 4 it
+    would wait for all that it is to look for."""
+    if "rabbitmq_server-3." in servers.rabbit_sbin():
+        return names
+    return sorted({names[0], name})
 
 
 def ra(queue: str) -> str:
