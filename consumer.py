@@ -38,7 +38,6 @@ HEALTH_FILE = process.setting("HEALTH_FILE", None, pathlib.Path)
 
 IN_FLIGHT_SECONDS = 0.1  # of work, which PREFETCH=auto aims at
 MAX_WINDOW = 1000
-QUICK_SECONDS = 0.01  # a task; a window of such ones takes ten seconds at most
 MAX_WINDOW_BYTES = 16 * 1024 * 1024
 ADJUST_SECONDS = 0.1
 HEALTH_SECONDS = 10
@@ -134,11 +133,10 @@ class Consumer:
 
     def hand_back(self, subscription: Subscription) -> None:
         """Return to the broker what waits behind long tasks: another consumer may be idle. A fixed
-        window is patient while any task is quicker, and so is one of quick tasks, soon done."""
+        window is patient while any task is quicker."""
         since, now = self.pool.full_since, time.monotonic()
-        is_patient = PREFETCH or self.pace < QUICK_SECONDS
         if not self.pool.is_broken and (
-            since is None or (is_patient and now - since < STUCK_SECONDS)
+            since is None or (PREFETCH and now - since < STUCK_SECONDS)
         ):
             return
         if stuck := self.in_flight.take_stuck():
