@@ -26,7 +26,8 @@ TASKS_PER_WORKER = process.setting("TASKS_PER_WORKER", 0, process.whole(0, 10**9
 AHEAD_SECONDS = 0.01  # of work, which a worker is fed at once
 SLOW_SECONDS = 0.05  # such tasks are fed one at a time
 STARTING = 4  # workers at a time: each takes 30 ms of a processor
-CLAIM_SECONDS = 30  # to take the ticket of the task that comes next; it takes microseconds
+# To take the ticket of the task that comes next, which takes microseconds; less than HOLD_SECONDS.
+CLAIM_SECONDS = 25
 START_SECONDS = 600  # a model may be large
 
 
