@@ -13,6 +13,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 FRAME = struct.Struct(">BHL")
 FRAME_BYTES = FRAME.size + pika.spec.FRAME_END_SIZE
 METHOD = struct.pack(">L", pika.spec.Basic.Deliver.INDEX)
+# A longer body is pika's, frame by frame: here it would be copied with each piece that comes.
+MAX_BODY_BYTES = 32 * 1024
 TAG = struct.Struct(">QB")  # of the delivery, and whether that is a repetition
 CONTENT = struct.Struct(">4xQH")  # the size of the body, and which properties there are
 PROPERTIES_AT = 12  # in a header frame's bytes
@@ -50,7 +52,8 @@ class Decoder:
         """Take bytes from the socket; what is not complete waits for more of them."""
         buffer, at = self.impl._frame_buffer + data, 0
         while at < len(buffer):
-            is_delivery = buffer.startswith(METHOD, at + FRAME.size)
+            is_method = buffer[at] == pika.spec.FRAME_METHOD  # a body may begin like one
+            is_delivery = is_method and buffer.startswith(METHOD, at + FRAME.size)
             end = self.deliver(buffer, at) if is_delivery else None
             if end is None:
                 end = self.leave_to_pika(buffer, at)
@@ -70,16 +73,16 @@ class Decoder:
 
     def deliver(self, buffer: bytes, at: int) -> int | None:
         """Hand a delivery to pika's channel; return where it ends, `at` if it is not complete, and
-        None if something else is between its frames, or it is broken."""
+        None if it is long or broken, or something else is between its frames."""
         end: int
         try:
-            kind, _, size = FRAME.unpack_from(buffer, at)
+            _, _, size = FRAME.unpack_from(buffer, at)
             tag_at = at + FRAME.size + len(METHOD)
             header_at = at + size + FRAME_BYTES
             header_kind, _, header_size = FRAME.unpack_from(buffer, header_at)
             left, flags = CONTENT.unpack_from(buffer, header_at + FRAME.size)
             end = header_at + header_size + FRAME_BYTES
-            if kind != pika.spec.FRAME_METHOD or header_kind != pika.spec.FRAME_HEADER:
+            if header_kind != pika.spec.FRAME_HEADER or left > MAX_BODY_BYTES:
                 return None
             parts = []
             while left > 0:

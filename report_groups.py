@@ -1,5 +1,5 @@
-"""Group commit for reports: while WRITERS transactions are under way, the reports that arrive wait
-and become one transaction. So the reports of hundreds of consumers take few connections."""
+"""Group commit for reports: while WRITERS groups are being written, the reports that arrive wait
+and become the next one. So the reports of hundreds of consumers take few connections."""
 
 import threading
 from collections import deque
@@ -37,7 +37,7 @@ class ReportGroups:
     """
 
     def __init__(self, work: Callable[[list[Report]], list[Verdict]]) -> None:
-        self.work = work  # applies reports in one transaction
+        self.work = work  # applies the reports of a group
         self.lock = threading.Lock()
         self.waiting: deque[Call] = deque()
         self.writing = 0
@@ -71,6 +71,9 @@ class ReportGroups:
             for member in group:
                 member.outcome = [next(verdicts) for _ in member.reports]
         except pool.Unavailable as error:
+            with self.lock:  # who waits would only wait as long for the same, past its own time-out
+                group += self.waiting
+                self.waiting.clear()
             for member in group:
                 member.outcome = error
         except Exception:

@@ -83,6 +83,18 @@ def test_a_delivery_with_something_else_between_its_frames_is_left_to_pika() -> 
     assert [type(frame) for frame in connection.left] == kinds
 
 
+@pytest.mark.parametrize("size", [4096, 10**6])
+def test_a_long_body_is_left_to_pika_even_if_it_begins_like_a_delivery(size: int) -> None:
+    begins = pika.frame.Method(1, pika.spec.Basic.Deliver(TAG, 1, False, "", "")).marshal()[7:-1]
+    long = begins + b"x" * deliveries.MAX_BODY_BYTES
+    connection = Connection()
+    connection.feed(b"".join(frames(1, long)) + b"".join(frames(2, begins)), size)
+    assert [number for _, number, *_ in connection.taken] == [2]
+    bodies = [frame.fragment for frame in connection.left if isinstance(frame, pika.frame.Body)]
+    assert b"".join(bodies) == long
+    assert connection._frame_buffer == b""
+
+
 def test_a_delivery_without_its_end_is_refused_as_pika_does() -> None:
     method, header, body = frames(1, b"x")
     connection = Connection()

@@ -96,3 +96,16 @@ def test_a_group_is_bounded_by_bytes() -> None:
         call.result(20)
     assert table.transactions[WRITERS] == ["0", "1"]
     assert sorted(map(len, table.transactions[WRITERS:])) == [1, 2]
+
+
+def test_who_waits_while_the_database_is_away_is_told_with_the_first() -> None:
+    table = Table()
+    for _ in range(WRITERS):
+        table.call("away")
+    call = table.call("good")
+    table.turns.release()
+    with pytest.raises(pool.Unavailable):
+        call.result(20)
+    assert table.transactions == [["away"]] * WRITERS
+    table.turns.release(100)
+    until(lambda: table.groups.writing == 0)
