@@ -37,7 +37,7 @@ PREFETCH = process.setting("PREFETCH", 0, prefetch)
 HEALTH_FILE = process.setting("HEALTH_FILE", None, pathlib.Path)
 
 IN_FLIGHT_SECONDS = 0.1  # of work, which PREFETCH=auto aims at
-MAX_WINDOW = 300
+MAX_WINDOW = 200  # if such tasks come to take 10 ms, the last one waits for STUCK_SECONDS
 MAX_WINDOW_BYTES = 16 * 1024 * 1024
 ADJUST_SECONDS = 0.1
 HEALTH_SECONDS = 10
