@@ -28,9 +28,9 @@ UPDATE tasks
 SET status = 'sent',
     sent_at = now(),
     holder = CASE WHEN holder IS NOT NULL THEN %(nobody)s::uuid END,
-    lease_until = now() + make_interval(secs => %(seconds)s)
+    lease_until = now() + make_interval(secs => %(seconds)s::float8)
 FROM measured
-WHERE tasks.id = measured.id AND position <= %(limit)s AND bytes_before < %(bytes)s
+WHERE tasks.id = measured.id AND position <= %(limit)s::bigint AND bytes_before < %(bytes)s::bigint
 RETURNING
     tasks.id,
     tasks.text,
@@ -66,7 +66,9 @@ WITH found AS MATERIALIZED (
 ), {SEND_CANDIDATES}"""
 
 # IS TRUE hides the condition of tasks_pending, whose dead entries would be walked.
-CLAIM_TASKS_BY_ID = f"""
+CLAIM_TASKS_BY_ID = pool.Prepared(
+    "claim_tasks_by_id",
+    f"""
 WITH candidate AS MATERIALIZED (
     SELECT id, octet_length(text) AS bytes, 0 AS turn
     FROM tasks
@@ -74,17 +76,8 @@ WITH candidate AS MATERIALIZED (
         AND {NOT_PAUSED}
     ORDER BY id
     FOR UPDATE SKIP LOCKED
-), {SEND_CANDIDATES}"""
-
-# Planned once a session: for a single task, that takes as long as the rest.
-PREPARE_CLAIM_BY_ID = (
-    "PREPARE claim_tasks_by_id (uuid[], float8, uuid, bigint, bigint) AS "
-    + CLAIM_TASKS_BY_ID
-    % {"ids": "$1", "seconds": "$2", "nobody": "$3", "limit": "$4", "bytes": "$5"}
+), {SEND_CANDIDATES}""",
 )
-EXECUTE_CLAIM_BY_ID = """
-EXECUTE claim_tasks_by_id (%(ids)s::uuid[], %(seconds)s, %(nobody)s, %(limit)s, %(bytes)s)
-"""
 
 
 class Claimed(NamedTuple):
@@ -114,13 +107,8 @@ def claim_random_tasks(cursor: Any, limit: int, size: int, span: float = 1.0) ->
     return [Claimed(*row) for row in cursor]
 
 
-def prepare(cursor: Any) -> None:
-    """Prepare a session for claim_tasks_by_id()."""
-    cursor.execute(PREPARE_CLAIM_BY_ID)
-
-
 def claim_tasks_by_id(cursor: Any, ids: list[str], size: int) -> list[Claimed]:
     """Mark those of these tasks that are pending as sent, at most size bytes."""
     sizes = {"ids": pool.array(ids), "limit": len(ids), "bytes": size}
-    cursor.execute(EXECUTE_CLAIM_BY_ID, sizes | LEASE_OF_A_MESSAGE)
+    CLAIM_TASKS_BY_ID.execute(cursor, sizes | LEASE_OF_A_MESSAGE)
     return [Claimed(*row) for row in cursor]

@@ -15,7 +15,9 @@ TASK_COLUMNS = """
     run_at, created_at, sent_at, started_at, finished_at, seconds, host
 """
 
-INSERT_TASKS = """
+INSERT_TASKS = pool.Prepared(
+    "insert_tasks",
+    """
 INSERT INTO tasks (id, text, timeout_seconds, run_at, delayed)
 SELECT id, text, timeout, run_at, coalesce(run_at > now(), false)
 FROM unnest(
@@ -24,7 +26,8 @@ FROM unnest(
 ORDER BY id
 ON CONFLICT (id) DO NOTHING
 RETURNING id, created_at
-"""
+""",
+)
 
 # sent_at in microseconds since 1970, which a message carries; date_part() is the fast one.
 SENT = "round(date_part('epoch', sent_at) * 1000000)::bigint"
@@ -88,7 +91,9 @@ HISTORY_FIELDS = ("attempt", "outcome", "error", "consumer", "startedAt", "secon
 # Most reports are this: the current attempt has succeeded. What it does not find is judged, so it
 # may miss a row, but never take one that judge() would not. The groups' ids are in order, and the
 # planner can only walk them (see pool.SERVER_OPTIONS): two groups do not deadlock.
-UPDATE_SUCCESSES = """
+UPDATE_SUCCESSES = pool.Prepared(
+    "update_successes",
+    """
 UPDATE tasks
 SET status = 'success',
     delayed = false,
@@ -107,7 +112,8 @@ FROM unnest(
 WHERE tasks.id = new.id AND tasks.attempt = new.attempt AND tasks.status <> 'success'
 RETURNING
     tasks.id, new.started_at - date_part('epoch', coalesce(run_at, created_at)), new.seconds
-"""
+""",
+)
 
 UPDATE_TASKS = f"""
 UPDATE tasks
@@ -212,7 +218,7 @@ def insert_tasks(cursor: Any, new: Collection[NewTask]) -> dict[str, dict[str, A
         "timeouts": pool.array([each.timeout for each in new]),
         "run_ats": pool.array([each.run_at.isoformat() if each.run_at else None for each in new]),
     }
-    cursor.execute(INSERT_TASKS, columns)
+    INSERT_TASKS.execute(cursor, columns)
     created = dict(cursor)
     if len(created) == len(new):
         return {each.id: as_new(each, created[each.id]) for each in new}
@@ -221,6 +227,11 @@ def insert_tasks(cursor: Any, new: Collection[NewTask]) -> dict[str, dict[str, A
     for task_id in created:
         del tasks[task_id]["history"]  # which tells that a task is older
     return tasks
+
+
+def is_same(new: NewTask, tasks: dict[str, dict[str, Any]]) -> bool:
+    """Tell whether what insert_tasks() has returned for a task is that one, or a repeat of it."""
+    return bool(tasks[new.id]["text"] == new.text)
 
 
 def apply_reports(
@@ -263,7 +274,7 @@ def end_successes(
         "seconds": pool.array([report.seconds for report in reports]),
         "hosts": pool.array([report.host for report in reports]),
     }
-    cursor.execute(UPDATE_SUCCESSES, columns)
+    UPDATE_SUCCESSES.execute(cursor, columns)
     return {task_id: (wait, seconds) for task_id, wait, seconds in cursor}
 
 

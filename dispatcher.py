@@ -221,8 +221,6 @@ class Publisher:
     def run(self) -> None:
         """Dispatch batch after batch until stop is set; any error ends it."""
         stop, room, arrivals = self.dispatcher.stop, self.dispatcher.room, self.dispatcher.arrivals
-        with self.session, self.session.cursor() as cursor:
-            claims.prepare(cursor)
         self.channel.tx_select()
         self.channel.add_on_return_callback(lambda *parts: self.returned.append(parts))
         # While the broker has an alarm it reads no more, but keeps what it got and may publish it

@@ -1,96 +1,70 @@
 """Group commit for create-task: what arrives together is one INSERT and one COMMIT, so that one
 flush to disk serves it all. A single client pays nothing for it."""
 
-import itertools
-import threading
+import contextlib
+import time
+from collections.abc import Callable
 from typing import Any
 
-import psycopg2.errors
-
+import api
 import database
 import pool
+from http_application import Answer, Environ
+from http_server import GROUP_WRITERS
 
-GROUP_BYTES = 4 * 1024 * 1024
 # A group does not wait long for the one member whose id is locked elsewhere.
 GROUP_OPTIONS = "-c lock_timeout=100"
 
 
-class Waiter:
-    """A create under way; its gate is a lock that is held until somebody opens it."""
-
-    __slots__ = ("gate", "new", "next", "outcome")
-
-    def __init__(self, new: database.NewTask) -> None:
-        self.new = new
-        self.next: Waiter | None = None
-        self.gate = threading.Lock()
-        self.gate.acquire()
-        self.outcome: dict[str, Any] | Exception | None = None
-
-
 class GroupCommit:
-    """Creates that arrive together become one INSERT and one COMMIT: one flush to disk for all.
+    """Creates the tasks of single create-task requests that came together; what it cannot do for
+    all of them is left to each."""
 
-    The first caller writes at once; who comes meanwhile waits, and one of them writes for the rest.
-    """
+    def __init__(
+        self,
+        path: str,
+        parse: Callable[[Any], database.NewTask],
+        note: Callable[[list[dict[str, Any]], float], None],
+    ) -> None:
+        self.path = path
+        self.parse = parse  # raises ValueError
+        self.note = note  # gets the tasks that are answered with 201, and how long that took
+        # Connections of their own: reports that wait for locked rows cannot keep creates out.
+        self.connections = pool.Pool(GROUP_WRITERS, GROUP_OPTIONS)
 
-    def __init__(self, singles: pool.Pool) -> None:
-        # A connection of its own: reports that wait for locked rows cannot keep creates out.
-        self.groups = pool.Pool(1, GROUP_OPTIONS)
-        self.singles = singles  # for a create whose id another transaction has locked
-        self.lock = threading.Lock()
-        self.waiting: list[Waiter] = []
-        self.writing = False
+    def takes(self, environ: Environ) -> bool:
+        """Tell whether a request creates tasks."""
+        return bool(environ["PATH_INFO"] == self.path and environ["REQUEST_METHOD"] == "POST")
 
-    def insert(self, new: database.NewTask) -> dict[str, Any]:
-        """Return the task, committed; the existing one if its id is taken."""
-        waiter = Waiter(new)
-        with self.lock:
-            self.waiting.append(waiter)
-            leads, self.writing = not self.writing, True
-        if not leads:
-            waiter.gate.acquire()  # opened with an outcome, or without one to take over the lead
-            if waiter.next is not None:
-                waiter.next.gate.release()
-        if waiter.outcome is None:
-            self.write()
-        if isinstance(waiter.outcome, dict):
-            return waiter.outcome
-        assert waiter.outcome is not None
-        if isinstance(waiter.outcome.__cause__, psycopg2.errors.LockNotAvailable):
-            # Another transaction holds an id of the group: each waits for itself, in its thread.
-            return self.singles.statement(
-                lambda cursor: database.insert_tasks(cursor, [new])[new.id]
-            )
-        raise waiter.outcome
-
-    def write(self) -> None:
-        """Write what waits now, then hand the lead to the first of those that came meanwhile."""
-        with self.lock:
-            group = self.waiting[: fitting(self.waiting)]
-            self.waiting = self.waiting[len(group) :]
+    def answer(self, environs: list[Environ]) -> list[Answer | None]:
+        """Answer the requests for one task each, which is new or the same as before."""
+        began = time.perf_counter()
+        members: list[tuple[Environ, database.NewTask]] = []
+        for environ in environs:
+            with contextlib.suppress(ValueError, RecursionError):  # among them arrays
+                body = api.DECODER.decode(environ["wsgi.input"].getvalue().decode())
+                members.append((environ, self.parse(body)))
+        if not members:
+            return [None] * len(environs)
+        group = [new for _, new in members]
         try:
-            new = [waiter.new for waiter in group]
-            tasks = self.groups.statement(lambda cursor: database.insert_tasks(cursor, new))
-            for waiter in group:
-                waiter.outcome = tasks[waiter.new.id]
-        except Exception as error:  # every waiter raises it in its own thread
-            for waiter in group:
-                waiter.outcome = error
-        with self.lock:
-            self.writing = bool(self.waiting)
-            leader = self.waiting[:1]
-        for waiter, following in itertools.pairwise(group[1:]):
-            waiter.next = following
-        for waiter in (*leader, *group[1:2]):
-            waiter.gate.release()
+            tasks = self.connections.statement(lambda cursor: database.insert_tasks(cursor, group))
+        except pool.Unavailable as error:
+            if not pool.is_about_a_lock(error):
+                for environ, _ in members:
+                    environ["tasks.unavailable"] = error
+            return [None] * len(environs)
+        created = {
+            id(environ): tasks[new.id] for environ, new in members if database.is_same(new, tasks)
+        }
+        self.note(list(created.values()), time.perf_counter() - began)
+        return [answer_created(created.get(id(environ))) for environ in environs]
 
 
-def fitting(waiting: list[Waiter]) -> int:
-    """Return how many of the waiting fit one group by bytes, at least one."""
-    size = 0
-    for count, waiter in enumerate(waiting):
-        size += len(waiter.new.text)
-        if size > GROUP_BYTES:
-            return max(count, 1)
-    return len(waiting)
+def answer_created(task: dict[str, Any] | None) -> Answer | None:
+    """Return the answer that a task has been created."""
+    if task is None:
+        return None
+    content = api.ENCODER.encode(task).encode()
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
+    return "201 Created", headers, content

@@ -31,6 +31,7 @@ class Body(Protocol):
     """A body as its bytes arrive."""
 
     done: bool
+    missing: int  # bytes, as far as that is known
 
     def decode(self, data: bytes) -> tuple[bytes, bytes]:
         """Return the content in the data, and what it leaves unread; once done, that is the
@@ -50,6 +51,9 @@ class SizedBody:
         self.missing -= len(content)
         self.done = self.missing == 0
         return content, rest
+
+
+NO_BODY = SizedBody(0)
 
 
 class ChunkedBody:
@@ -190,7 +194,7 @@ def body_of(environ: dict[str, Any]) -> Body:
     if "HTTP_TRANSFER_ENCODING" in environ:
         return chunked_body(environ, length)
     if length is None:
-        return SizedBody(0)
+        return NO_BODY
     if not (length.isascii() and length.isdigit()):
         raise Refused("400 Bad Request", "Content-Length: expected a number of bytes")
     size = int(length) if len(length) < 20 else MAX_BODY_BYTES + 1

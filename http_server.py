@@ -1,4 +1,8 @@
-"""A WSGI server on the standard library: HTTP/1.1 with keep-alive, a thread per connection.
+"""A WSGI server on the standard library: HTTP/1.1 with keep-alive.
+
+One thread, the poller, waits for all clients, and reads what they send until a request is whole.
+Then it has a thread while the application works, or shares one of GROUP_WRITERS with others
+that the application can do together.
 
 It is kept instead of http.server, which is lenient where two readers of a message may differ and
 takes three times as long to parse a request (83 against 26 microseconds). It reads a whole request
@@ -6,77 +10,75 @@ before it answers, so that no answer can put a kept connection out of step (RFC 
 
 import contextlib
 import errno
+import functools
 import logging
+import queue
+import select
 import socket
-import socketserver
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 import http_limits
-from http_connection import Answer, Closed, Connection, Environ
+from http_application import Application, Environ, ErrorLog, Group, WsgiApp
+from http_connection import Closed, Connection
 from http_message import Refused
+from http_threads import Threads
 
 log = logging.getLogger("http")
 
 MAX_CONNECTIONS = 512
 CLOSING_AT_ONCE = 64  # over the cap: told to close, and about to end
-LOGGED_CHARACTERS = 200
-LOGGED_LINES = 100
+BACKLOG = 256
+GROUP = 64  # requests of one look at the clients; a group may be twice as large
+GROUP_WRITERS = 4  # some answer while others write
+TURN_SECONDS = 0.1
+EXPIRE_SECONDS = 1
+READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 
 
-class ErrorLog:
-    """The stream wsgi.errors. What is written there, such as a stack trace, may quote a client: its
-    lines are cut and escaped."""
-
-    def write(self, text: str) -> None:
-        """Log each line of a text."""
-        for line in text.splitlines()[:LOGGED_LINES]:
-            log.error("%s", ascii(line[:LOGGED_CHARACTERS])[1:-1])
-
-    def writelines(self, texts: list[str]) -> None:
-        """Log several texts."""
-        for text in texts:
-            self.write(text)
-
-    def flush(self) -> None:
-        """Do nothing: write() has logged it."""
-
-
-class Server(socketserver.TCPServer):
+class Server:
     """Listens at once; serve() answers from threads of its own until close().
 
     authorize gets the environ of a head and returns how the request is refused, before its body is
     read, or None. At max_connections the connection that is idle for the longest is
     closed for a new one: its client has not sent a whole head, or has had its last answer.
-    """
 
-    allow_reuse_address = True
-    request_queue_size = 256
+    A connection belongs to one thread at a time: to the poller while its client is to send, to
+    another while a request is answered. watch() gives it back.
+    """
 
     def __init__(
         self,
         host: str,
         port: int,
-        app: Callable[..., Any],
+        app: WsgiApp,
         authorize: Callable[[Environ], Refused | None] | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        group: Group | None = None,
     ) -> None:
-        self.app = app
+        self.errors = ErrorLog()
+        self.application = Application(app, self.errors, group)
         self.authorize = authorize
         self.max_connections = max_connections
         self.stopping = threading.Event()
+        self.closed = threading.Event()
         self.transit = http_limits.Transit()
         self.work = http_limits.Work()
-        self.errors = ErrorLog()
-        self.lock = threading.Lock()  # guards the two below
-        self.open_connections = 0
+        self.threads = Threads("http")
+        self.gathered: queue.SimpleQueue[list[Connection]] = queue.SimpleQueue()
+        self.lock = threading.Lock()  # guards the next one
         self.idle: dict[Connection, None] = {}  # the one that is idle for the longest first
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        super().__init__((host, port), socketserver.BaseRequestHandler)
+        self.connections: dict[int, Connection] = {}  # by file descriptor; only the poller adds
+        self.accept_at = 0.0  # of time.monotonic(): not before, for lack of file descriptors
+        self.expire_at = 0.0
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        self.listener.setblocking(False)
+        self.server_address = self.listener.getsockname()
+        self.epoll = select.epoll()
+        self.epoll.register(self.listener, select.EPOLLIN)
         self.base: Environ = {
             "SERVER_NAME": self.server_address[0],
             "SERVER_PORT": str(self.server_address[1]),
@@ -89,71 +91,100 @@ class Server(socketserver.TCPServer):
             "wsgi.run_once": False,
         }
 
+    @property
+    def open_connections(self) -> int:
+        """How many connections are open."""
+        return len(self.connections)
+
     def serve(self) -> None:
         """Start to accept connections; returns at once."""
         http_limits.share_arena()
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="http", daemon=True).start()
+        threading.Thread(target=self.poll, name="http", daemon=True).start()
+        for number in range(GROUP_WRITERS if self.application.group else 0):
+            name = f"http-group-{number + 1}"
+            threading.Thread(target=self.answer_groups, name=name, daemon=True).start()
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; without a file descriptor for it, close an idle one."""
+    def poll(self) -> None:
+        """Look after the clients until close() is done, the body of the poller. It never waits for
+        one of them."""
+        while not self.closed.is_set():
+            try:
+                self.turn()
+            except Exception:  # without this thread the service is deaf
+                log.error("the HTTP server failed, it goes on")
+                self.errors.write(traceback.format_exc())
+                time.sleep(TURN_SECONDS)
+
+    def turn(self) -> None:
+        """Accept and read what there is now, and pass on the requests that are whole."""
+        group = []
+        for descriptor, _ in self.epoll.poll(TURN_SECONDS, GROUP):
+            connection = self.connections.get(descriptor)
+            if connection is None:
+                self.accept()
+            elif self.read(connection):
+                group.append(connection)
+        if group:
+            self.gathered.put(group)
+        now = time.monotonic()
+        if self.accept_at and now > self.accept_at:
+            self.accept_at = 0.0
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self.epoll.modify(self.listener, select.EPOLLIN)
+        if now > self.expire_at:
+            self.expire_at = now + EXPIRE_SECONDS
+            for each in list(self.connections.values()):
+                if each.is_watched and now > each.deadline:
+                    self.end(each, "too slow")
+
+    def accept(self) -> None:
+        """Take a new connection, or answer it with a 503 when too many are open. Without a file
+        descriptor for it, close an idle one."""
         try:
-            return super().get_request()
+            socket_, address = self.listener.accept()
+        except BlockingIOError:
+            return  # its client has gone
         except OSError as error:
+            if self.stopping.is_set():
+                return
+            log.warning("a new connection was not accepted: %s", error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                log.warning("a new connection waits for a file descriptor: %s", error)
-                with self.lock:
-                    longest = self.pop_longest_idle()
-                if longest is not None:
-                    longest.end_soon()
-                self.stopping.wait(0.1)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection its thread, or a 503 when too many are open."""
-        connection = Connection(self, request, client_address)
-        if not self.admit(connection):
-            self.refuse(request)
+                self.end_longest_idle()
+                self.accept_at = time.monotonic() + TURN_SECONDS
+                self.epoll.modify(self.listener, 0)
             return
-        thread = threading.Thread(
-            target=self.run, args=(connection,), name=f"http-{client_address[1]}", daemon=True
-        )
-        try:
-            thread.start()
-        except RuntimeError as error:
-            log.warning("a new connection was refused: %s", error)  # no more threads
-            self.forget(connection)
-            self.refuse(request)
+        socket_.setblocking(False)
+        connection = Connection(self, socket_, address)
+        if not self.admit(connection):
+            self.refuse(socket_)
+            return
+        self.connections[socket_.fileno()] = connection
+        self.epoll.register(socket_, READABLE_ONCE)
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection as idle, in place of another one at the cap; tell whether it may
         stay."""
-        longest = None
-        with self.lock:
-            if self.open_connections >= self.max_connections + CLOSING_AT_ONCE:
-                return False
-            if self.open_connections >= self.max_connections:
-                longest = self.pop_longest_idle()
-                if longest is None:
-                    return False
-            self.open_connections += 1
-            self.idle[connection] = None
-        if longest is not None:
-            longest.end_soon()
+        if self.open_connections >= self.max_connections + CLOSING_AT_ONCE:
+            return False
+        if self.open_connections >= self.max_connections and not self.end_longest_idle():
+            return False
+        self.mark_idle(connection)
         return True
 
-    def pop_longest_idle(self) -> Connection | None:
-        """Return the connection that is idle for the longest, and call it idle no more; the caller
-        holds the lock."""
-        longest = next(iter(self.idle), None)
+    def end_longest_idle(self) -> bool:
+        """End the connection that is idle for the longest; return False if none is."""
+        with self.lock:
+            longest = next(iter(self.idle), None)
+            if longest is not None:
+                del self.idle[longest]
         if longest is not None:
-            del self.idle[longest]
-        return longest
+            longest.end_soon()
+        return longest is not None
 
     def refuse(self, request: socket.socket) -> None:
         """Answer a new connection with a 503, as far as that takes no time, and close it."""
         body = b'{"error": "too many open connections, expected at most %d"}' % self.max_connections
         with request, contextlib.suppress(OSError):
-            request.setblocking(False)
             request.sendall(
                 b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
                 b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
@@ -163,18 +194,72 @@ class Server(socketserver.TCPServer):
             request.shutdown(socket.SHUT_WR)
             request.recv(64 * 1024)  # closing over unread bytes would reset the connection
 
-    def run(self, connection: Connection) -> None:
-        """Serve one connection to its end, in its thread."""
+    def read(self, connection: Connection) -> bool:
+        """Read what a client has sent; tell whether that is a request for a group. Another that
+        is whole gets a thread."""
+        connection.is_watched = False
         try:
-            connection.answer_requests()
+            connection.receive()
+            if not connection.has_request():
+                self.watch(connection)
+            elif connection.is_whole() and self.application.takes(connection.environ):
+                return True
+            else:
+                self.start(connection)
         except (Closed, OSError) as error:
-            log.debug("connection from %s ended: %.200a", connection.address, str(error))
+            self.end(connection, str(error))
+        return False
+
+    def watch(self, connection: Connection) -> None:
+        """Give a connection to the poller, until its client has sent more."""
+        connection.is_watched = True
+        self.epoll.modify(connection.socket, READABLE_ONCE)
+
+    def start(self, connection: Connection) -> None:
+        """Give a connection a thread."""
+        try:
+            self.threads.run(functools.partial(self.run, connection))
+        except RuntimeError as error:
+            log.warning("a request was refused: %s", error)  # no more threads
+            self.forget(connection)
+            self.refuse(connection.socket)
+
+    def run(self, connection: Connection, may_wait: bool = True) -> None:
+        """Answer what a client has sent: in a thread that may wait for it, or else as far as that
+        goes without."""
+        try:
+            while True:
+                if not connection.unsent:
+                    connection.answer()
+                connection.send(may_wait)
+                if not connection.unsent:
+                    if not (connection.keeps and self.mark_idle(connection)):
+                        return self.end(connection, "answered")
+                    if not connection.has_request():
+                        return self.watch(connection)
+                if not may_wait:
+                    return self.start(connection)
+        except (Closed, OSError) as error:
+            self.end(connection, str(error))
         except Exception:
             log.error("connection from %s failed", connection.address)
             self.errors.write(traceback.format_exc())
-        finally:
-            self.shutdown_request(connection.socket)
-            self.forget(connection)
+            self.end(connection, "failed")
+
+    def answer_groups(self) -> None:
+        """Answer what has come together, the body of a thread, which waits for no client."""
+        while True:
+            group = self.gathered.get()
+            if len(group) < GROUP:
+                with contextlib.suppress(queue.Empty):
+                    group += self.gathered.get_nowait()
+            answers = self.application.answer([each.take_whole() for each in group])
+            for connection, answer in zip(group, answers, strict=True):
+                if answer is None:
+                    self.start(connection)
+                else:
+                    connection.reply(*answer)
+                    self.run(connection, may_wait=False)
 
     def mark_busy(self, connection: Connection) -> None:
         """Note that a connection has a request under way."""
@@ -187,50 +272,29 @@ class Server(socketserver.TCPServer):
             self.idle[connection] = None
         return not self.stopping.is_set()
 
+    def end(self, connection: Connection, reason: str) -> None:
+        """Close a connection."""
+        log.debug("connection from %s ended: %.200a", connection.address, reason)
+        self.forget(connection)
+        with connection.socket, contextlib.suppress(OSError):
+            connection.socket.shutdown(socket.SHUT_WR)
+
     def forget(self, connection: Connection) -> None:
-        """Give back the place of a connection that has ended."""
+        """Give back the place of a connection, before the number of its socket can be another's."""
         with self.lock:
             self.idle.pop(connection, None)
-            self.open_connections -= 1
-
-    def call(self, environ: Environ) -> Answer:
-        """Run the application and collect its whole answer; 500 in JSON if it raises."""
-        answer: list[Any] = []
-
-        def start_response(
-            status: str, headers: list[tuple[str, str]], exc_info: Any = None
-        ) -> None:
-            answer[:] = status, headers
-
-        try:
-            chunks = self.app(environ, start_response)
-            body = b"".join(chunks)
-            if hasattr(chunks, "close"):
-                chunks.close()
-            status, headers = answer
-        except Exception:
-            log.error("%s %.200a failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
-            self.errors.write(traceback.format_exc())
-            status, body = "500 Internal Server Error", b'{"error": "internal error, see the log"}'
-            headers = [("Content-Type", "application/json")]
-        if not any(name.lower() == "content-length" for name, _ in headers):
-            headers = [*headers, ("Content-Length", str(len(body)))]
-        return status, headers, body
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a new connection got no thread; the other connections go on."""
-        log.error("connection from %s failed", client_address)
-        self.errors.write(traceback.format_exc())
+        self.connections.pop(connection.socket.fileno(), None)
 
     def close(self, seconds: float) -> None:
         """Stop accepting, let what clients have sent be answered, at most so many seconds."""
         self.stopping.set()
-        self.shutdown()
-        self.server_close()
+        self.epoll.unregister(self.listener)
+        self.listener.close()
         with self.lock:
             idle = list(self.idle)
         for connection in idle:
             connection.end_soon()
         deadline = time.monotonic() + seconds
-        while self.open_connections and time.monotonic() < deadline:
+        while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
+        self.closed.set()

@@ -2,6 +2,7 @@
 Only the producer imports it."""
 
 import logging
+import re
 import select
 import threading
 import time
@@ -11,7 +12,6 @@ from typing import Any, TypeVar
 import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
-from psycopg2.extensions import connection as Connection
 
 import process
 
@@ -46,6 +46,7 @@ SERVER_OPTIONS = (
     "-c timezone=UTC -c client_encoding=UTF8 -c lock_timeout=2000 -c statement_timeout=10000"
     " -c idle_in_transaction_session_timeout=60000"
     " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off -c jit=off"
+    " -c plan_cache_mode=force_generic_plan"
 )
 
 # Away, full, read-only, over a time limit, or so new or old that the table is not ready yet.
@@ -67,11 +68,47 @@ POOLED = (
 SELECT_SOURCE = "SELECT source FROM pg_settings WHERE name = 'lock_timeout'"
 
 
+PARAMETER = re.compile(r"%\((\w+)\)s::([\w\[\]]+)")
+
+
+class Connection(psycopg2.extensions.connection):
+    """A session, and which statements it has prepared."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.prepared: set[str] = set()
+
+
+class Prepared:
+    """A statement that each session plans once: for one row, that takes as long as the rest. Its
+    parameters are written `%(name)s::type`, at least once each.
+    https://www.postgresql.org/docs/current/sql-prepare.html"""
+
+    def __init__(self, name: str, sql: str) -> None:
+        types = dict(PARAMETER.findall(sql))
+        numbers = {parameter: f"${number}" for number, parameter in enumerate(types, 1)}
+        self.name = name
+        self.prepare = f"PREPARE {name} ({', '.join(types.values())}) AS {sql % numbers}"
+        self.statement = f"EXECUTE {name} ({', '.join(f'%({each})s' for each in types)})"
+
+    def execute(self, cursor: Any, values: dict[str, Any]) -> None:
+        """Run it."""
+        if self.name not in cursor.connection.prepared:
+            cursor.execute(self.prepare)  # no ROLLBACK undoes that
+            cursor.connection.prepared.add(self.name)
+        cursor.execute(self.statement, values)
+
+
 class Unavailable(Exception):
     """The database cannot do it now; nothing was changed, or nobody can know yet."""
 
 
-def wait_for_reply(connection: Connection) -> None:
+def is_about_a_lock(error: Unavailable) -> bool:
+    """Tell whether somebody else has locked a row for too long."""
+    return isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)
+
+
+def wait_for_reply(connection: psycopg2.extensions.connection) -> None:
     """Wait until the server has answered: TCP time-outs do not fire for a frozen server whose
     kernel still acknowledges. psycopg2 closes the connection if this raises."""
     connecting = connection.status == psycopg2.extensions.STATUS_SETUP
@@ -123,7 +160,9 @@ def connect(options: str = "") -> Connection:
         parameters.setdefault("target_session_attrs", "read-write")
     for host in known:
         try:
-            session: Connection = psycopg2.connect(**(parameters | host))
+            session: Connection = psycopg2.connect(
+                **(parameters | host), connection_factory=Connection
+            )
             check_options(session)
             return session
         except psycopg2.OperationalError as error:

@@ -40,11 +40,11 @@ HTTP_CONNECTIONS = process.setting(
 MAX_ELEMENTS = 10_000  # of an array in one call
 MAX_WAIT_SECONDS = 60
 STOP_REQUESTS_SECONDS = 15
+CREATE_PATH = "/api/v1/create-task"
 CREATE_FIELDS = ("text", "taskId", "runAt", "timeoutSeconds")
 
 app = api.make_app()
 connections = pool.Pool()
-creates = GroupCommit(connections)
 stop = threading.Event()
 arrivals = Arrivals()
 dispatcher = Dispatcher(stop, arrivals)
@@ -77,9 +77,11 @@ def parse_new_task(element: Any) -> database.NewTask:
     return database.NewTask(task_id, text, timeout, run_at)
 
 
-@app.post("/api/v1/create-task")
+@app.post(CREATE_PATH)
 def create_task() -> bytes:
     """Insert a task, or an array of them all or none; 201 means committed."""
+    if error := bottle.request.environ.get("tasks.unavailable"):
+        raise error
     body = api.read_json()
     elements = body if isinstance(body, list) else [body]
     if not 1 <= len(elements) <= MAX_ELEMENTS:
@@ -90,16 +92,24 @@ def create_task() -> bytes:
             new.append(parse_new_task(element))
         except ValueError as error:
             api.refuse(400, f"[{index}] {error}" if body is elements else str(error))
-    if body is elements:
-        tasks = connections.transaction(lambda cursor: insert_all(cursor, new))
-    else:
-        tasks = {new[0].id: creates.insert(new[0])}
-        check_same(new, tasks)
+    created = connections.transaction(lambda cursor: insert_all(cursor, new))
+    tasks = [created[each.id] for each in new]
+    note_created(tasks)
+    return api.answer(tasks if body is elements else tasks[0], 201)
+
+
+def note_created(tasks: list[dict[str, Any]]) -> None:
+    """Count new tasks and let the dispatcher know of them."""
     # A repeat is answered with the task as it is, its history included.
-    counted.note_created(sum("history" not in task for task in tasks.values()))
-    arrivals.add([each.id for each in new])
-    answers = [tasks[each.id] for each in new]
-    return api.answer(answers if body is elements else answers[0], 201)
+    counted.note_created(sum("history" not in each for each in tasks))
+    arrivals.add([each["taskId"] for each in tasks])
+
+
+def note_group(tasks: list[dict[str, Any]], seconds: float) -> None:
+    """Note what was created by a group of requests, each of which took so long."""
+    note_created(tasks)
+    for _ in tasks:
+        counted.note_request(CREATE_PATH, "201", seconds)
 
 
 def insert_all(cursor: Any, new: list[database.NewTask]) -> dict[str, dict[str, Any]]:
@@ -109,10 +119,13 @@ def insert_all(cursor: Any, new: list[database.NewTask]) -> dict[str, dict[str, 
     return tasks
 
 
+creates = GroupCommit(CREATE_PATH, parse_new_task, note_group)
+
+
 def check_same(new: list[database.NewTask], tasks: dict[str, dict[str, Any]]) -> None:
     """Refuse a repeated taskId whose text is another one: it is not a repeat but a mistake."""
     for each in new:
-        if tasks[each.id]["text"] != each.text:
+        if not database.is_same(each, tasks):
             api.refuse(409, f"the task {each.id} exists with another text")
 
 
@@ -213,7 +226,7 @@ def main() -> None:
     try:
         measured = metrics.Requests(app, counted)
         server = http_server.Server(
-            HTTP_HOST, HTTP_PORT, measured, access.authorize, HTTP_CONNECTIONS
+            HTTP_HOST, HTTP_PORT, measured, access.authorize, HTTP_CONNECTIONS, creates
         )
     except OSError as error:
         print(f"HTTP_HOST={HTTP_HOST!r}, HTTP_PORT={HTTP_PORT}: {error}", file=sys.stderr)

@@ -6,7 +6,6 @@ import operator
 from typing import Any
 
 import bottle
-import psycopg2.errors
 
 import api
 import database
@@ -105,14 +104,14 @@ class ReportApi:
             try:
                 ended = self.end_successes(successes)
             except pool.Unavailable as error:
-                is_locked = skip_locked and is_about_a_lock(error)
+                is_locked = skip_locked and pool.is_about_a_lock(error)
                 if not is_locked:
                     raise
         rest = [report for report in reports if report.id not in ended]
         try:
             verdicts = iter(self.judge(rest, is_locked))
         except pool.Unavailable as error:
-            if is_locked or not (skip_locked and is_about_a_lock(error)):
+            if is_locked or not (skip_locked and pool.is_about_a_lock(error)):
                 raise
             verdicts = iter(self.judge(rest, skip_locked=True))
         return [rules.ACCEPTED if each.id in ended else next(verdicts) for each in reports]
@@ -187,11 +186,6 @@ def are_fenced(reports: list[task.Report]) -> bool:
     """Tell whether reports may be repeated: else a second try after a COMMIT of unknown outcome
     could undo a newer change."""
     return all(report.attempt is not None for report in reports)
-
-
-def is_about_a_lock(error: pool.Unavailable) -> bool:
-    """Tell whether somebody else has locked a row for too long."""
-    return isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)
 
 
 def id_of(element: Any) -> str | None:

@@ -17,6 +17,7 @@ import pytest
 import http_connection
 import http_limits
 import http_server
+import http_threads
 from http_message import Refused
 from tests.stack import until
 
@@ -552,3 +553,117 @@ def test_closing_answers_what_is_under_way_and_ends_the_rest(
     assert (status, headers["connection"]) == (200, "close")
     closing.join(1)
     assert not closing.is_alive()
+
+
+class Together:
+    """A group: answers its size to each of its requests for /group; one for /group/alone is left to
+    the application, /group/large gets a large answer, and with /group/raise all fail."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def takes(self, environ: dict) -> bool:
+        return environ["PATH_INFO"].startswith("/group")
+
+    def answer(self, environs: list[dict]) -> list[Any]:
+        self.gate.wait(10)
+        bodies = [environ["wsgi.input"].getvalue() for environ in environs]
+        answers: list[Any] = []
+        for environ, body in zip(environs, bodies, strict=True):
+            path = environ["PATH_INFO"]
+            if path == "/group/raise":
+                raise RuntimeError("told to fail")
+            content = b"%d %s" % (len(environs), body)
+            if path == "/group/large":
+                content = bytes(int(body))
+            answer = "200 OK", [("Content-Length", str(len(content)))], content
+            answers.append(None if path == "/group/alone" else answer)
+        return answers
+
+
+def request(path: bytes, body: bytes) -> bytes:
+    return b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (path, len(body), body)
+
+
+def test_requests_that_come_together_are_answered_as_a_group(
+    start: Callable[..., http_server.Server],
+) -> None:
+    group = Together()
+    server = start(group=group)
+    group.gate.clear()
+    first = []
+    for number in range(1, http_server.GROUP_WRITERS + 1):
+        first.append(Client(server))
+        first[-1].send(request(b"/group", b"first"))
+        until(lambda number=number: server.open_connections == number)
+        until(lambda: server.gathered.empty() and not server.idle)
+    rest = [Client(server) for _ in range(3)]
+    for client, path in zip(rest, (b"/group", b"/group/alone", b"/group"), strict=True):
+        client.send(request(path, b"body")[:-1])
+        client.send(b"y")
+    until(lambda: not server.gathered.empty() and not server.idle)
+    group.gate.set()
+    assert {client.read()[2] for client in first} == {b"1 first"}
+    sizes = [client.read()[2] for client in rest]
+    assert sizes[1] == b"POST /group/alone  body"
+    assert {sizes[0], sizes[2]} <= {b"1 body", b"2 body", b"3 body"}
+    for client in rest:  # each connection goes on
+        client.send(request(b"/a", b""))
+        assert client.read()[2] == b"POST /a  "
+
+
+def test_of_a_group_that_fails_each_is_tried_alone(
+    start: Callable[..., http_server.Server],
+) -> None:
+    client = Client(start(group=Together()))
+    for _ in range(http_server.GROUP_WRITERS + 1):
+        client.send(request(b"/group/raise", b"a"))
+        assert client.read()[2] == b"POST /group/raise  a"
+    client.send(request(b"/group", b"a"))
+    assert client.read()[2] == b"1 a"
+
+
+@pytest.mark.parametrize("size", [60_000, 8 * MIB])
+def test_a_client_that_does_not_read_holds_up_no_group(
+    start: Callable[..., http_server.Server], size: int
+) -> None:
+    server = start(group=Together())
+    deaf = [Client(server) for _ in range(2 * http_server.GROUP_WRITERS)]
+    for _ in range(100):  # more than the buffers of the kernel hold
+        for client in deaf:
+            client.send(request(b"/group/large", b"%d" % size))
+    time.sleep(0.5)
+    for _ in range(2 * http_server.GROUP_WRITERS):
+        began = time.monotonic()
+        client = Client(server)
+        client.send(request(b"/group", b"a"))
+        assert client.read()[2].endswith(b" a")
+        assert time.monotonic() - began < 5
+    for client in deaf:
+        client.socket.close()
+
+
+def count_threads() -> int:
+    """Return how many threads there are for single requests."""
+    return sum(thread.name.startswith("http-") for thread in threading.enumerate())
+
+
+def test_only_requests_at_work_have_a_thread_and_none_waits_for_another(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start()
+    before = count_threads()
+    waiting = [Client(server) for _ in range(200)]
+    for client in waiting[::2]:
+        client.send(b"POST /slow HTTP/1.1\r\nContent-Length: 2\r\n\r\n")
+    until(lambda: len(server.idle) == 100)
+    assert count_threads() == before
+    began = time.monotonic()
+    for client in waiting[::2]:
+        client.send(b"hi")
+    assert {client.read()[2] for client in waiting[::2]} == {b"POST /slow  hi"}
+    assert time.monotonic() - began < 10  # one after another they would take 50 s
+    until(lambda: count_threads() <= before + http_threads.KEPT)
+    for client in waiting:
+        client.socket.close()
