@@ -1,17 +1,12 @@
 """The part of the benchmark that says who takes the processor's time: microseconds of each process
 for a task and for a create, and milliseconds to an end at a high rate."""
 
-import http.client
-import json
-import threading
-import time
-
 from tests import load
 from tests.fleet import Fleet, Results, fleet
 from tests.measured import Side
 
 TASKS, FAILURES, CREATES = 60_000, 10_000, 15_000
-RATE, RATE_SECONDS, CLIENTS = 2000, 10, 16  # creates a second, by so many clients
+RATE, RATE_SECONDS = 2000, 10  # creates a second
 
 
 def costs(side: Side) -> Results:
@@ -36,21 +31,7 @@ def steady(all_: Fleet) -> Results:
     """Return the milliseconds from create to success at RATE single creates a second."""
     bench = all_.bench
     bench.sql("CHECKPOINT")
-
-    def create(number: int) -> None:
-        client = http.client.HTTPConnection("127.0.0.1", bench.port, timeout=60)
-        body, due = json.dumps({"text": "0"}), time.monotonic() + number / RATE
-        for _ in range(RATE * RATE_SECONDS // CLIENTS):
-            time.sleep(max(0.0, due - time.monotonic()))
-            client.request("POST", "/api/v1/create-task", body)
-            assert client.getresponse().read()
-            due += CLIENTS / RATE
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    load.create_aside(bench.url, RATE * RATE_SECONDS, RATE)
     bench.wait_ended()
     [(count, seconds)] = bench.sql(
         "SELECT count(*), extract(epoch FROM max(created_at) - min(created_at))::float8 FROM tasks"

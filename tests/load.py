@@ -1,8 +1,10 @@
 """What the service is measured beside and with: the bare pika pipe, the load of single creates, and
 create-task on FastAPI."""
 
+import collections
 import contextlib
 import json
+import math
 import multiprocessing
 import pathlib
 import re
@@ -134,8 +136,9 @@ def bare_pipe(url: str, count: int, publish: Callable[..., None] = pipe_publish)
     return count / (clock[1] - clock[0])
 
 
-def create_load(url: str, count: int) -> tuple[float, list[float]]:
-    """Create tasks one by one over kept connections; return requests/s and their seconds.
+def create_load(url: str, count: int, rate: float = math.inf) -> tuple[float, list[float]]:
+    """Create tasks one by one over kept connections, at most so many a second; return requests/s
+    and their seconds.
 
     One thread and prepared bytes, so that the machine's two cores go to the server, not to this.
     """
@@ -146,41 +149,55 @@ def create_load(url: str, count: int) -> tuple[float, list[float]]:
     )
     request = head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
     selector = selectors.DefaultSelector()
-    seconds: list[float] = []
-    began = time.perf_counter()
+    free: collections.deque[list[Any]] = collections.deque()  # socket, time of the request, answer
     for _ in range(CLIENTS):
         client = socket.create_connection((host, int(port)))
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        selector.register(client, selectors.EVENT_READ, [time.perf_counter(), b""])
-        client.sendall(request)
+        free.append([client, 0.0, b""])
+        selector.register(client, selectors.EVENT_READ, free[-1])
+    seconds: list[float] = []
+    began, sent = time.perf_counter(), 0
     while len(seconds) < count:
-        for key, _ in selector.select():
-            key.data[1] += key.fileobj.recv(65536)
-            top, _, rest = key.data[1].partition(b"\r\n\r\n")
+        wait = None
+        while free and sent < count:
+            wait = began + sent / rate - time.perf_counter()
+            if wait > 0:
+                break
+            wait, each = None, free.popleft()
+            each[1:] = time.perf_counter(), b""
+            each[0].sendall(request)
+            sent += 1
+        for key, _ in selector.select(wait):
+            key.data[2] += key.fileobj.recv(65536)
+            top, _, rest = key.data[2].partition(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", top, re.IGNORECASE)
             if length is None or len(rest) < int(length[1]):
                 continue
             assert top.startswith(b"HTTP/1.1 201"), top
-            now = time.perf_counter()
-            seconds.append(now - key.data[0])
-            key.data[:] = now, b""
-            key.fileobj.sendall(request)
+            seconds.append(time.perf_counter() - key.data[1])
+            free.append(key.data)
     return len(seconds) / (time.perf_counter() - began), seconds
 
 
-def load_process(url: str, count: int, queue: Any) -> None:
+def load_process(queue: Any, *arguments: Any) -> None:
     """Run create_load in a process of its own."""
-    queue.put(create_load(url, count))
+    queue.put(create_load(*arguments))
+
+
+def create_aside(url: str, count: int, rate: float = math.inf) -> tuple[float, list[float]]:
+    """Return what create_load measures in a process of its own."""
+    queue: Any = multiprocessing.Queue()
+    process = multiprocessing.Process(target=load_process, args=(queue, url, count, rate))
+    process.start()
+    result: tuple[float, list[float]] = queue.get()
+    process.join()
+    return result
 
 
 def measure_creates(url: str, count: int, name: str) -> dict[str, float]:
     """Return rate and latencies of single creates against a URL, after a warm-up."""
-    queue: Any = multiprocessing.Queue()
-    for number in (count // 10, count):
-        process = multiprocessing.Process(target=load_process, args=(url, number, queue))
-        process.start()
-        rate, seconds = queue.get()
-        process.join()
+    create_aside(url, count // 10)
+    rate, seconds = create_aside(url, count)
     p50, p99 = percentiles(seconds)
     return {f"{name}/s": rate, f"{name} p50 ms": p50, f"{name} p99 ms": p99}
 
