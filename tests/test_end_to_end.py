@@ -3,9 +3,13 @@
 import pathlib
 import signal
 import time
+from typing import Any
 
 import pika
 
+import broker
+import deliveries
+import dlq_watcher
 from tests.stack import Stack, until
 
 
@@ -96,6 +100,24 @@ def test_the_watcher_runs_alone_too(stack: Stack) -> None:
     stack.wait_status(ids, "error")
     assert stack.get(ids[0])["error"] == "RuntimeError: imitated failure"
     assert (consumer.stop(), watcher.stop()) == (0, 0)
+
+
+def test_why_a_message_has_died_is_seen_without_decoding_its_headers(stack: Stack) -> None:
+    stack.producer()  # makes the queues
+    letters: dict[bytes, Any] = {}
+    take = lambda channel, method, properties, body: letters.update({body: properties})  # noqa: E731
+    with stack.channel() as channel:
+        deliveries.Decoder(channel.connection, channel)
+        channel.basic_publish(broker.EXCHANGE, broker.ROUTING_KEY, b"rejected")
+        tag = until(lambda: channel.basic_get(broker.QUEUE)[0]).delivery_tag
+        channel.basic_nack(tag, requeue=False)
+        soon = pika.BasicProperties(expiration="1")
+        channel.basic_publish(broker.EXCHANGE, broker.ROUTING_KEY, b"expired", soon)
+        channel.basic_consume(broker.DEAD_LETTER_QUEUE, take, auto_ack=True)
+        until(lambda: channel.connection.process_data_events(0.1) or len(letters) == 2)
+    for body, properties in letters.items():
+        assert dlq_watcher.reason_of(properties) == body.decode()
+        assert dlq_watcher.is_rejected(properties) == (body == b"rejected")
 
 
 def test_everything_may_start_before_the_servers_it_needs(stack: Stack) -> None:
