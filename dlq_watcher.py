@@ -22,6 +22,7 @@ log = logging.getLogger("dlq_watcher")
 
 PREFETCH = 500
 LAST_LETTERS_SECONDS = 2
+GROUP_SECONDS = 0.05  # from one report to the next: a call takes as long as a hundred letters
 # As AMQP encodes a header: its name, the mark of a long string, and that.
 REASON = b"\x06reasonS"
 REJECTED = REASON + b"\0\0\0\x08rejected"
@@ -80,6 +81,7 @@ class Watcher:
         channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter, arguments=priority)
         backoff = process.Backoff(log, "dead letters wait for the producer")
         stop_at = None  # of time.monotonic(), the latest; sooner when no letter comes any more
+        report_at = 0.0
         while stop_at is None or time.monotonic() < stop_at:
             if stop_at is None and self.stop.is_set():
                 stop_at = time.monotonic() + LAST_LETTERS_SECONDS
@@ -88,6 +90,10 @@ class Watcher:
                 if stop_at is not None:
                     return
                 continue
+            if (early := report_at - time.monotonic()) > 0 and stop_at is None:
+                self.stop.wait(early)  # without looking: each look takes as long as ten letters
+                broker.pump(connection, channel, 0)
+            report_at = time.monotonic() + GROUP_SECONDS
             try:
                 count, locked = self.report()
                 backoff.succeeded()

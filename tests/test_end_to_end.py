@@ -1,6 +1,7 @@
 """A task all the way: producer, broker, two consumers, dead letters."""
 
 import pathlib
+import re
 import signal
 import time
 from typing import Any
@@ -118,6 +119,21 @@ def test_why_a_message_has_died_is_seen_without_decoding_its_headers(stack: Stac
     for body, properties in letters.items():
         assert dlq_watcher.reason_of(properties) == body.decode()
         assert dlq_watcher.is_rejected(properties) == (body == b"rejected")
+
+
+def test_dead_letters_that_come_one_by_one_are_reported_together(
+    stack: Stack, tmp_path: pathlib.Path
+) -> None:
+    stack.producer()
+    consumer = stack.consumer(HANDLER="handlers:note", RUNS=tmp_path / "runs", PREFETCH=1)
+    stack.wait_status(stack.create("warm up"), "success")
+    began = time.monotonic()
+    stack.create(*["fail"] * 200)
+    stack.wait_ended()
+    seconds = time.monotonic() - began
+    counts = re.findall(r"reported (\d+) dead letters", consumer.log.read_text())
+    assert sum(map(int, counts)) == 200
+    assert len(counts) <= seconds / dlq_watcher.GROUP_SECONDS + 2
 
 
 def test_everything_may_start_before_the_servers_it_needs(stack: Stack) -> None:
