@@ -88,33 +88,6 @@ UNSUCCESSFUL = APPEND_TO_HISTORY.format(
 )
 HISTORY_FIELDS = ("attempt", "outcome", "error", "consumer", "startedAt", "seconds", "at")
 
-# Most reports are this: the current attempt has succeeded. What it does not find is judged, so it
-# may miss a row, but never take one that judge() would not. The groups' ids are in order, and the
-# planner can only walk them (see pool.SERVER_OPTIONS): two groups do not deadlock.
-UPDATE_SUCCESSES = pool.Prepared(
-    "update_successes",
-    """
-UPDATE tasks
-SET status = 'success',
-    delayed = false,
-    result = new.result,
-    error = NULL,
-    holder = NULL,
-    lease_until = NULL,
-    finished_at = now(),
-    host = coalesce(new.host, tasks.host),
-    started_at = coalesce(to_timestamp(new.started_at), tasks.started_at),
-    seconds = coalesce(new.seconds, tasks.seconds)
-FROM unnest(
-    %(ids)s::uuid[], %(attempts)s::int[], %(results)s::text[], %(started_ats)s::float8[],
-    %(seconds)s::float8[], %(hosts)s::text[]
-) AS new (id, attempt, result, started_at, seconds, host)
-WHERE tasks.id = new.id AND tasks.attempt = new.attempt AND tasks.status <> 'success'
-RETURNING
-    tasks.id, new.started_at - date_part('epoch', coalesce(run_at, created_at)), new.seconds
-""",
-)
-
 UPDATE_TASKS = f"""
 UPDATE tasks
 SET status = new.status,
@@ -258,24 +231,6 @@ def apply_reports(
     if changed:
         cursor.execute(UPDATE_TASKS, {"rows": json.dumps([row.as_dict() for row in changed])})
     return verdicts, changed
-
-
-def end_successes(
-    cursor: Any, reports: list[task.Report]
-) -> dict[str, tuple[float | None, float | None]]:
-    """End the rows whose current attempt has succeeded, by reports in the order of their ids.
-    Return, by id, for how many seconds each has waited and run, None if the report does not say; a
-    row that is not among them is to be judged."""
-    columns = {
-        "ids": pool.array([report.id for report in reports]),
-        "attempts": pool.array([report.attempt for report in reports]),
-        "results": pool.array([report.result for report in reports]),
-        "started_ats": pool.array([report.started_at for report in reports]),
-        "seconds": pool.array([report.seconds for report in reports]),
-        "hosts": pool.array([report.host for report in reports]),
-    }
-    UPDATE_SUCCESSES.execute(cursor, columns)
-    return {task_id: (wait, seconds) for task_id, wait, seconds in cursor}
 
 
 def select_open(cursor: Any, ids: list[str]) -> set[str]:

@@ -22,9 +22,13 @@ log = logging.getLogger("dlq_watcher")
 
 PREFETCH = 500
 LAST_LETTERS_SECONDS = 2
+GROUP_SECONDS = 0.05  # from one report to the next: a call takes as long as a hundred letters
+# As AMQP encodes a header: its name, the mark of a long string, and that.
+REASON = b"\x06reasonS"
+REJECTED = REASON + b"\0\0\0\x08rejected"
 
 
-def report_of(properties: pika.BasicProperties, body: bytes) -> task.Report | None:
+def report_of(properties: Any, body: bytes) -> task.Report | None:
     """Return the report that a dead letter stands for; None if it holds no task of ours."""
     try:
         message = task.parse_message(body)
@@ -32,11 +36,25 @@ def report_of(properties: pika.BasicProperties, body: bytes) -> task.Report | No
         shown = process.printable(body[:80])
         log.warning("dropped a dead letter without a task (%s): %s", error, shown)
         return None
-    try:
-        reason = str(properties.headers["x-death"][0]["reason"])
-    except (KeyError, TypeError, IndexError):  # put there by somebody else than the broker
-        reason = "rejected"
+    reason = reason_of(properties)
     return task.Report(message.id, "error", message.attempt, reason=reason, sent=message.sent)
+
+
+def reason_of(properties: Any) -> str:
+    """Return why the broker has dead-lettered a message, the last time."""
+    if is_rejected(properties):
+        return "rejected"
+    try:
+        return str(properties.headers["x-death"][0]["reason"])
+    except (KeyError, TypeError, IndexError):  # put there by somebody else than the broker
+        return "rejected"
+
+
+def is_rejected(properties: Any) -> bool:
+    """Tell whether encoded headers name one reason and it is this: so it is of nearly all letters,
+    and to decode them takes longer than all else of a letter."""
+    encoded = getattr(properties, "encoded", b"")  # pika's own properties have none
+    return REJECTED in encoded and encoded.count(REASON) == 1
 
 
 class Watcher:
@@ -63,6 +81,7 @@ class Watcher:
         channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter, arguments=priority)
         backoff = process.Backoff(log, "dead letters wait for the producer")
         stop_at = None  # of time.monotonic(), the latest; sooner when no letter comes any more
+        report_at = 0.0
         while stop_at is None or time.monotonic() < stop_at:
             if stop_at is None and self.stop.is_set():
                 stop_at = time.monotonic() + LAST_LETTERS_SECONDS
@@ -71,6 +90,10 @@ class Watcher:
                 if stop_at is not None:
                     return
                 continue
+            if (early := report_at - time.monotonic()) > 0 and stop_at is None:
+                self.stop.wait(early)  # without looking: each look takes as long as ten letters
+                broker.pump(connection, channel, 0)
+            report_at = time.monotonic() + GROUP_SECONDS
             try:
                 count, locked = self.report()
                 backoff.succeeded()

@@ -6,10 +6,11 @@ import itertools
 import operator
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from plain_reports import Written
 from rules import Row
 
 # Upper bounds of seconds: ten a decade (the series R10 of ISO 3), from 1 ms to a day and more.
@@ -111,13 +112,16 @@ class Metrics:
                 if row.started_at is not None and row.seconds is not None:
                     self.note_run(minute, max(0.0, row.started_at - row.due_at), row.seconds)
 
-    def note_successes(self, runs: Collection[tuple[float | None, float | None]]) -> None:
-        """Count tasks that have succeeded, which have waited and run for so many seconds."""
+    def note_plain(self, status: str, rows: list[Written]) -> None:
+        """Count rows that have a status now and were written without a look at them."""
         with self.lock:
             minute = self.minute()
-            self.ended["success"] += len(runs)
-            minute.success += len(runs)
-            for wait, seconds in runs:
+            if status in self.ended:
+                self.ended[status] += len(rows)
+                minute.success += len(rows) * (status == "success")
+                minute.error += len(rows) * (status == "error")
+            for _, wait, seconds, timed_out in rows:
+                self.timed_out += timed_out
                 if wait is not None and seconds is not None:
                     self.note_run(minute, max(0.0, wait), seconds)
 

@@ -91,7 +91,7 @@ def calm_garbage_collector() -> None:
 
 
 def start_logging() -> None:
-    """Log to stderr, without pika and urllib3: the scripts log the same errors, and shorter."""
+    """Log to stderr, without pika: the scripts log the same errors, and shorter."""
     try:
         logging.basicConfig(
             level=LOG_LEVEL,
@@ -101,7 +101,6 @@ def start_logging() -> None:
         print(f"LOG_LEVEL={LOG_LEVEL!r} is not valid: expected DEBUG, INFO, …", file=sys.stderr)
         sys.exit(2)
     logging.getLogger("pika").setLevel(logging.CRITICAL)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 def stop_on_signals(stop: threading.Event) -> None:

@@ -2,7 +2,6 @@
 consumers' heartbeat."""
 
 import logging
-import operator
 from typing import Any
 
 import bottle
@@ -10,6 +9,7 @@ import bottle
 import api
 import database
 import leases
+import plain_reports
 import pool
 import process
 import rules
@@ -21,7 +21,6 @@ from report_groups import ReportGroups
 log = logging.getLogger("reports")
 
 MAX_ELEMENTS = 10_000  # of an array in one call
-MAX_INTEGER = 2**31 - 1  # of PostgreSQL
 
 
 class ReportApi:
@@ -97,30 +96,30 @@ class ReportApi:
         return self.write(reports, skip_locked)
 
     def write(self, reports: list[task.Report], skip_locked: bool = True) -> list[rules.Verdict]:
-        """End what has plainly succeeded, and judge the rest."""
-        ended: set[str] = set()
+        """Write what needs no look at its row, and judge the rest."""
+        written: set[str] = set()
         is_locked = False  # so much is known
-        if successes := plain_successes(reports):
-            try:
-                ended = self.end_successes(successes)
-            except pool.Unavailable as error:
-                is_locked = skip_locked and pool.is_about_a_lock(error)
-                if not is_locked:
-                    raise
-        rest = [report for report in reports if report.id not in ended]
+        try:
+            for kind, plain in plain_reports.by_kind(reports).items():
+                written |= self.write_plain(kind, plain)
+        except pool.Unavailable as error:
+            is_locked = skip_locked and pool.is_about_a_lock(error)
+            if not is_locked:
+                raise
+        rest = [report for report in reports if report.id not in written]
         try:
             verdicts = iter(self.judge(rest, is_locked))
         except pool.Unavailable as error:
             if is_locked or not (skip_locked and pool.is_about_a_lock(error)):
                 raise
             verdicts = iter(self.judge(rest, skip_locked=True))
-        return [rules.ACCEPTED if each.id in ended else next(verdicts) for each in reports]
+        return [rules.ACCEPTED if each.id in written else next(verdicts) for each in reports]
 
-    def end_successes(self, successes: list[task.Report]) -> set[str]:
-        """End by one statement what needs no look at its row; return the ids of that."""
-        runs = self.connections.statement(lambda cursor: database.end_successes(cursor, successes))
-        self.metrics.note_successes(runs.values())
-        return set(runs)
+    def write_plain(self, kind: plain_reports.Kind, reports: list[task.Report]) -> set[str]:
+        """Write reports of a kind by one statement; return the ids of those that it has found."""
+        rows = self.connections.statement(lambda cursor: plain_reports.write(cursor, kind, reports))
+        self.metrics.note_plain(kind.status, rows)
+        return {row.id for row in rows}
 
     def judge(self, reports: list[task.Report], skip_locked: bool) -> list[rules.Verdict]:
         """Apply reports by the rules, in one transaction; with skip_locked, wait for no row."""
@@ -167,19 +166,6 @@ def parse_each(elements: list[Any]) -> tuple[dict[int, task.Report], dict[int, s
         except ValueError as error:
             reasons[index] = str(error)
     return reports, reasons
-
-
-def plain_successes(reports: list[task.Report]) -> list[task.Report]:
-    """Return the successes of a known attempt, in the order of their ids; none if two reports are
-    about one task, where the order counts."""
-    if len({report.id for report in reports}) < len(reports):
-        return []
-    successes = [
-        report
-        for report in reports
-        if report.status == "success" and 0 < (report.attempt or 0) <= MAX_INTEGER
-    ]
-    return sorted(successes, key=operator.attrgetter("id"))
 
 
 def are_fenced(reports: list[task.Report]) -> bool:

@@ -1,15 +1,17 @@
 """A consumer's reports to the producer: the HTTP client, and the thread that sends outcomes, asks
 whether suspects may start, and keeps the heartbeat."""
 
+import base64
+import contextlib
+import http.client
 import json
 import logging
+import select
 import socket
 import time
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote, urlsplit
-
-import requests
+from urllib.parse import quote, unquote, urlsplit
 
 import process
 from entry import Entry, Key
@@ -22,8 +24,12 @@ log = logging.getLogger("reporter")
 
 def http_url(value: str) -> str:
     """Check an address of HTTP."""
-    if not value.startswith(("http://", "https://")):
-        raise ValueError("expected http://host:port")
+    try:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+            raise ValueError
+    except ValueError:  # its own text may hold the password
+        raise ValueError("expected http://host:port") from None
     return value.rstrip("/")
 
 
@@ -42,6 +48,8 @@ REPORT_TIMES = 4
 MAX_REPORT_SECONDS = 0.05
 CONNECT_SECONDS = 3
 REPLY_SECONDS = 30  # longer than the producer may take, or the same report goes out twice
+# Of a call that got no answer, or none that can be read.
+BROKEN = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 
 
 class Unavailable(Exception):
@@ -52,24 +60,49 @@ class Client:
     """The way of reports to the producer: one kept HTTP connection. One thread only."""
 
     def __init__(self) -> None:
-        self.session = requests.Session()
-        self.session.trust_env = False  # proxies of the environment are not for the producer
-        host = quote(socket.gethostname())
-        self.updates = self.prepare(f"update-task-status?skipLocked=true&host={host}")
-        self.heartbeats = self.prepare("consumer-heartbeat")
-
-    def prepare(self, call: str) -> requests.PreparedRequest:
-        """Return the PUT of a call without its body: preparing costs as much as sending."""
-        headers = {"Content-Type": "application/json"}
+        url = urlsplit(PRODUCER_URL)
+        secure = url.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        self.connection = kind(url.hostname or "", url.port, timeout=CONNECT_SECONDS)
+        self.headers = {"Content-Type": "application/json"}
         if process.API_TOKEN:
-            headers["Authorization"] = f"Bearer {process.API_TOKEN}"
-        put = requests.Request("PUT", f"{PRODUCER_URL}/api/v1/{call}", headers)
-        return self.session.prepare_request(put)
+            self.headers["Authorization"] = f"Bearer {process.API_TOKEN}"
+        elif url.username:
+            words = f"{unquote(url.username)}:{unquote(url.password or '')}"
+            self.headers["Authorization"] = f"Basic {base64.b64encode(words.encode()).decode()}"
+        host = quote(socket.gethostname())
+        self.updates = f"{url.path}/api/v1/update-task-status?skipLocked=true&host={host}"
+        self.heartbeats = f"{url.path}/api/v1/consumer-heartbeat"
 
-    def send(self, request: requests.PreparedRequest, value: Any) -> requests.Response:
-        """Send a value as JSON and return the answer; raise RequestException."""
-        request.prepare_body(json.dumps(value, ensure_ascii=False).encode(), None)
-        return self.session.send(request, timeout=(CONNECT_SECONDS, REPLY_SECONDS))
+    def send(self, call: str, value: Any) -> tuple[int, str]:
+        """PUT a value as JSON; return the status and the text of the answer. Raise OSError or
+        HTTPException."""
+        body = json.dumps(value, ensure_ascii=False).encode()
+        try:
+            if self.is_over():
+                self.connect()
+            # Who refuses a body before its end has said why.
+            with contextlib.suppress(BrokenPipeError):
+                self.connection.request("PUT", call, body, self.headers)
+            answer = self.connection.getresponse()
+            return answer.status, answer.read().decode("utf-8", "replace")
+        except BaseException:
+            self.connection.close()  # an answer that comes late is not the next call's
+            raise
+
+    def connect(self) -> None:
+        """Connect anew."""
+        self.connection.close()
+        self.connection.connect()
+        self.connection.sock.settimeout(REPLY_SECONDS)
+
+    def is_over(self) -> bool:
+        """Tell whether there is no connection, or the producer has closed it meanwhile."""
+        if self.connection.sock is None:
+            return True
+        poller = select.poll()
+        poller.register(self.connection.sock, select.POLLIN)
+        return bool(poller.poll(0))
 
     def put(self, reports: list[Report]) -> Answer:
         """PUT reports as one array; return the producer's answer. Raise Unavailable.
@@ -78,14 +111,14 @@ class Client:
         element that is meant stands alone, so that one bad report holds up no other.
         """
         try:
-            answer = self.send(self.updates, [report.as_json() for report in reports])
-            if answer.status_code == 200:
-                body = answer.json()
+            status, text = self.send(self.updates, [report.as_json() for report in reports])
+            if status == 200:
+                body = json.loads(text)
                 refused = {each["index"]: each["reason"] for each in body["rejected"]}
                 return Answer(refused, *(set(body.get(name, ())) for name in ("alone", "locked")))
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-            raise Unavailable(f"{PRODUCER}: {error}") from error
-        status, reason = answer.status_code, answer.text[:200]
+        except BROKEN as error:
+            raise Unavailable(f"{PRODUCER}: {error!r}") from error
+        reason = text[:200]
         final = status in FINAL_STATUSES and reason.startswith('{"error":')
         if not final and status != 413:
             raise Unavailable(f"{PRODUCER} answered {status}: {reason}")
@@ -103,17 +136,17 @@ class Client:
         """PUT a heartbeat; return the database's time, what is held and what is to be stopped.
         Raise Unavailable."""
         try:
-            answer = self.send(self.heartbeats, heartbeat)
-            if answer.status_code == 200:
-                body = answer.json()
+            status, text = self.send(self.heartbeats, heartbeat)
+            if status == 200:
+                body = json.loads(text)
                 held, stop = (
                     [(each["taskId"], each["attempt"]) for each in body[name]]
                     for name in ("held", "stop")
                 )
                 return float(body["now"]), held, stop
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-            raise Unavailable(f"{PRODUCER}: {error}") from error
-        raise Unavailable(f"{PRODUCER} answered {answer.status_code}: {answer.text[:200]}")
+        except BROKEN as error:
+            raise Unavailable(f"{PRODUCER}: {error!r}") from error
+        raise Unavailable(f"{PRODUCER} answered {status}: {text[:200]}")
 
 
 def cut(report: Report) -> Report:

@@ -29,6 +29,32 @@ STARTING = 4  # workers at a time: each takes 30 ms of a processor
 # To take the ticket of the task that comes next, which takes microseconds; less than HOLD_SECONDS.
 CLAIM_SECONDS = 25
 START_SECONDS = 600  # a model may be large
+FAILURES_A_SECOND = 100  # that are logged
+
+
+class FailureLog:
+    """A line for each failure. Of a flood only the first of each second are warnings: thousands
+    would take a fifth of the consumer's time, and the rows have all texts."""
+
+    def __init__(self) -> None:
+        self.second, self.count = 0, 0
+
+    def add(self, entry: Entry, error: str | None) -> None:
+        """Log why a task has failed."""
+        self.turn()
+        self.count += 1
+        level = logging.WARNING if self.count <= FAILURES_A_SECOND else logging.DEBUG
+        if log.isEnabledFor(level):
+            log.log(level, "task %s failed: %s", entry.message.id, process.printable(error))
+
+    def turn(self) -> None:
+        """Say how many failures of the last second were left out, when that is over."""
+        if (second := int(time.monotonic())) == self.second:
+            return
+        if self.count > FAILURES_A_SECOND:
+            more = self.count - FAILURES_A_SECOND
+            log.warning("task failures without a line: %d more in a second", more)
+        self.second, self.count = second, 0
 
 
 class Supervisor:
@@ -49,6 +75,7 @@ class Supervisor:
         self.start_at = 0.0
         self.started = threading.Event()  # the first worker was ready, or will never be
         self.refusal = ""  # why not
+        self.failures = FailureLog()
 
     def wake(self) -> None:
         """Let the pool look for work: for any thread."""
@@ -124,6 +151,9 @@ class Supervisor:
             if worker.fed:
                 worker.fed[0].started = now
             self.in_flight.finish(ended, seconds)
+            for entry, report in ended:
+                if report.status != "success":
+                    self.failures.add(entry, report.error)
         if worker.kill_at:
             return
         if worker.failure:
@@ -228,7 +258,7 @@ class Supervisor:
     def judge(self, worker: WorkerProcess, entry: Entry, cause: str) -> None:
         """Say what becomes of the task that a worker has ended with."""
         if worker.failure and not entry.stopped:
-            log.warning("task %s failed: %s", entry.message.id, worker.failure)
+            self.failures.add(entry, worker.failure)
             seconds = time.monotonic() - entry.started
             self.in_flight.finish([(entry, entry.report(error=worker.failure))], seconds)
         else:

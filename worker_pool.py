@@ -65,6 +65,7 @@ class Pool(Supervisor):
         now = time.monotonic()
         if now >= self.look_at:
             self.look_at = now + LOOK_SECONDS
+            self.failures.turn()
             for worker in list(self.workers):
                 self.look_after(worker, now)
         for worker in list(self.workers):

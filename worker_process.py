@@ -197,7 +197,6 @@ class WorkerProcess:
             report = Report(entry.message.id, "success", entry.message.attempt, text)
         else:
             report = entry.report(error=storable(error))
-            log.warning("task %s failed: %s", entry.message.id, process.printable(report.error))
         return entry, report
 
     def drain_log(self) -> bool:

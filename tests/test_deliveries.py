@@ -10,6 +10,7 @@ import pytest
 
 import broker
 import deliveries
+import dlq_watcher
 
 pytestmark = pytest.mark.pure
 
@@ -38,6 +39,7 @@ class Connection:
         self._on_data_available: Any = None
         self.left: list[Any] = []
         self.taken: list[tuple[Any, ...]] = []
+        self.properties: list[Any] = []
         deliveries.Decoder(self, types.SimpleNamespace(_impl=self))  # type: ignore[arg-type]
 
     def _read_frame(self) -> Any:
@@ -48,6 +50,7 @@ class Connection:
 
     def _on_deliver(self, frame: Any, header: Any, body: bytes) -> None:
         method, headers = frame.method, header.properties.headers
+        self.properties.append(header.properties)
         number, again = method.delivery_tag, method.redelivered
         self.taken.append((method.consumer_tag, number, again, headers, body))
 
@@ -101,6 +104,27 @@ def test_a_delivery_without_its_end_is_refused_as_pika_does() -> None:
     with pytest.raises(pika.exceptions.InvalidFrameError):
         connection.feed(method + header + body[:-1] + b"\0", 10**6)
     assert connection.taken == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"x-death": [{"count": 1, "reason": "rejected", "queue": "tasks"}]}, "rejected"),
+        ({"x-death": [{"reason": "expired"}], "x-first-death-reason": "expired"}, "expired"),
+        ({"x-death": [{"reason": "expired"}, {"reason": "rejected"}]}, "expired"),
+        ({"x-death": [{"reason": "rejected"}, {"reason": "expired"}]}, "rejected"),
+        ({"a": {"reason": "rejected"}, "x-death": [{"reason": "maxlen"}]}, "maxlen"),
+        ({"suspect": True}, "rejected"),
+        ({"x-death": []}, "rejected"),
+        (None, "rejected"),
+    ],
+)
+def test_the_last_reason_of_a_dead_letter_is_found(headers: Any, reason: str) -> None:
+    connection = Connection()
+    connection.feed(b"".join(frames(1, b"x", headers)), 10**6)
+    [properties] = connection.properties
+    assert dlq_watcher.reason_of(properties) == reason
+    assert dlq_watcher.reason_of(pika.BasicProperties(headers=headers)) == reason
 
 
 def test_what_is_published_has_the_frames_that_pika_would_make() -> None:

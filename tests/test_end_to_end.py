@@ -1,11 +1,16 @@
 """A task all the way: producer, broker, two consumers, dead letters."""
 
 import pathlib
+import re
 import signal
 import time
+from typing import Any
 
 import pika
 
+import broker
+import deliveries
+import dlq_watcher
 from tests.stack import Stack, until
 
 
@@ -96,6 +101,39 @@ def test_the_watcher_runs_alone_too(stack: Stack) -> None:
     stack.wait_status(ids, "error")
     assert stack.get(ids[0])["error"] == "RuntimeError: imitated failure"
     assert (consumer.stop(), watcher.stop()) == (0, 0)
+
+
+def test_why_a_message_has_died_is_seen_without_decoding_its_headers(stack: Stack) -> None:
+    stack.producer()  # makes the queues
+    letters: dict[bytes, Any] = {}
+    take = lambda channel, method, properties, body: letters.update({body: properties})  # noqa: E731
+    with stack.channel() as channel:
+        deliveries.Decoder(channel.connection, channel)
+        channel.basic_publish(broker.EXCHANGE, broker.ROUTING_KEY, b"rejected")
+        tag = until(lambda: channel.basic_get(broker.QUEUE)[0]).delivery_tag
+        channel.basic_nack(tag, requeue=False)
+        soon = pika.BasicProperties(expiration="1")
+        channel.basic_publish(broker.EXCHANGE, broker.ROUTING_KEY, b"expired", soon)
+        channel.basic_consume(broker.DEAD_LETTER_QUEUE, take, auto_ack=True)
+        until(lambda: channel.connection.process_data_events(0.1) or len(letters) == 2)
+    for body, properties in letters.items():
+        assert dlq_watcher.reason_of(properties) == body.decode()
+        assert dlq_watcher.is_rejected(properties) == (body == b"rejected")
+
+
+def test_dead_letters_that_come_one_by_one_are_reported_together(
+    stack: Stack, tmp_path: pathlib.Path
+) -> None:
+    stack.producer()
+    consumer = stack.consumer(HANDLER="handlers:note", RUNS=tmp_path / "runs", PREFETCH=1)
+    stack.wait_status(stack.create("warm up"), "success")
+    began = time.monotonic()
+    stack.create(*["fail"] * 200)
+    stack.wait_ended()
+    seconds = time.monotonic() - began
+    counts = re.findall(r"reported (\d+) dead letters", consumer.log.read_text())
+    assert sum(map(int, counts)) == 200
+    assert len(counts) <= seconds / dlq_watcher.GROUP_SECONDS + 2
 
 
 def test_everything_may_start_before_the_servers_it_needs(stack: Stack) -> None:

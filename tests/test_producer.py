@@ -395,6 +395,8 @@ def test_chunked_bodies_are_taken(api: Stack) -> None:
         ("consumer", "STOP_SECONDS", "0"),
         ("consumer", "HANDLER", "handlers:generator"),
         ("consumer", "PRODUCER_URL", "ftp://x"),
+        ("consumer", "PRODUCER_URL", "http://:8080"),
+        ("consumer", "PRODUCER_URL", "http://x:port"),
         ("dlq_watcher", "SENT_TIMEOUT_SECONDS", "soon"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -404,3 +405,18 @@ def test_a_module_of_the_users_hides_none_of_ours_or_pythons(
     ids = stack.create("a")
     stack.wait_status(ids, "success")
     assert stack.get(ids[0])["result"] == "email.message"
+
+
+def test_of_a_flood_of_failures_the_first_of_each_second_are_logged(stack: Stack) -> None:
+    stack.producer()
+    consumer = stack.consumer(FAILURE_RATE=1, LOG_LEVEL="WARNING")
+    stack.create(*["a"] * 2000)
+    stack.wait_ended()
+
+    def lines_and_more() -> tuple[int, int]:
+        log = consumer.log.read_text()
+        more = re.findall(r"task failures without a line: (\d+) more in a second", log)
+        return log.count("failed: RuntimeError: imitated failure"), sum(map(int, more))
+
+    until(lambda: sum(lines_and_more()) == 2000)
+    assert 100 <= lines_and_more()[0] < 2000
