@@ -76,7 +76,8 @@ def test_what_is_written_unseen_is_what_the_rules_say(
     kind, fields = REPORTS[name]
     stack.sql((servers.HERE / "schema.sql").read_text())
     url = stack.database_url
-    with contextlib.closing(psycopg2.connect(url, options=pool.SERVER_OPTIONS)) as session:
+    options = {"options": pool.SERVER_OPTIONS, "connection_factory": pool.Connection}
+    with contextlib.closing(psycopg2.connect(url, **options)) as session:
         cursor = session.cursor()
         pairs: list[tuple[str, str]] = []
         for *values, (error, history) in ROWS:
