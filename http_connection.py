@@ -55,8 +55,6 @@ class Connection:
         self.is_watched = True  # the poller waits for the client
         self.deadline = time.monotonic() + IDLE_SECONDS  # for that
         self.base = server.base | {"REMOTE_ADDR": address[0], "tasks.is_gone": self.is_gone}
-        # An answer is one write: waiting for more (Nagle) would only delay it.
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def end_soon(self) -> None:
         """Let what the client has sent already be answered, then close; for any thread."""

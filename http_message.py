@@ -1,6 +1,7 @@
 """What a client sends, without a socket: the head of an HTTP/1.x request, and its body by
 Content-Length or in chunks (RFC 9112)."""
 
+import json
 import re
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -130,6 +131,15 @@ def malformed(expected: str) -> Refused:
 def too_large() -> Refused:
     """Return the refusal of a body over the limit."""
     return Refused("413 Content Too Large", "expected a body of at most 16 MiB")
+
+
+def refusal(reason: str) -> bytes:
+    """Return the answer to a client for which there is no room now."""
+    body = json.dumps({"error": reason}).encode()
+    return (
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+    ) % (len(body), body)
 
 
 def parse_head(head: str) -> dict[str, Any]:

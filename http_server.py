@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 
 import http_limits
+import http_message
 from http_application import Application, Environ, ErrorLog, Group, WsgiApp
 from http_connection import Closed, Connection
 from http_message import Refused
@@ -42,8 +43,8 @@ class Server:
     """Listens at once; serve() answers from threads of its own until close().
 
     authorize gets the environ of a head and returns how the request is refused, before its body is
-    read, or None. At max_connections the connection that is idle for the longest is
-    closed for a new one: its client has not sent a whole head, or has had its last answer.
+    read, or None. At max_connections the connection that is idle for the longest is closed for a
+    new one: its client has not sent a whole head, or has had its last answer.
 
     A connection belongs to one thread at a time: to the poller while its client is to send, to
     another while a request is answered. watch() gives it back.
@@ -91,11 +92,6 @@ class Server:
             "wsgi.run_once": False,
         }
 
-    @property
-    def open_connections(self) -> int:
-        """How many connections are open."""
-        return len(self.connections)
-
     def serve(self) -> None:
         """Start to accept connections; returns at once."""
         http_limits.share_arena()
@@ -105,8 +101,7 @@ class Server:
             threading.Thread(target=self.answer_groups, name=name, daemon=True).start()
 
     def poll(self) -> None:
-        """Look after the clients until close() is done, the body of the poller. It never waits for
-        one of them."""
+        """Look after all clients until close() is done, and wait for none: the poller's body."""
         while not self.closed.is_set():
             try:
                 self.turn()
@@ -156,17 +151,21 @@ class Server:
         socket_.setblocking(False)
         connection = Connection(self, socket_, address)
         if not self.admit(connection):
-            self.refuse(socket_)
-            return
+            return self.refuse(socket_)
         self.connections[socket_.fileno()] = connection
-        self.epoll.register(socket_, READABLE_ONCE)
+        try:
+            # An answer is one write: waiting for more (Nagle) would only delay it.
+            socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.epoll.register(socket_, READABLE_ONCE)
+        except OSError as error:
+            self.end(connection, str(error))
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection as idle, in place of another one at the cap; tell whether it may
         stay."""
-        if self.open_connections >= self.max_connections + CLOSING_AT_ONCE:
+        if len(self.connections) >= self.max_connections + CLOSING_AT_ONCE:
             return False
-        if self.open_connections >= self.max_connections and not self.end_longest_idle():
+        if len(self.connections) >= self.max_connections and not self.end_longest_idle():
             return False
         self.mark_idle(connection)
         return True
@@ -183,14 +182,9 @@ class Server:
 
     def refuse(self, request: socket.socket) -> None:
         """Answer a new connection with a 503, as far as that takes no time, and close it."""
-        body = b'{"error": "too many open connections, expected at most %d"}' % self.max_connections
+        reason = f"too many open connections, expected at most {self.max_connections}"
         with request, contextlib.suppress(OSError):
-            request.sendall(
-                b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
-                % len(body)
-                + body
-            )
+            request.sendall(http_message.refusal(reason))
             request.shutdown(socket.SHUT_WR)
             request.recv(64 * 1024)  # closing over unread bytes would reset the connection
 
@@ -208,6 +202,8 @@ class Server:
                 self.start(connection)
         except (Closed, OSError) as error:
             self.end(connection, str(error))
+        except Exception:
+            self.fail(connection)
         return False
 
     def watch(self, connection: Connection) -> None:
@@ -242,16 +238,20 @@ class Server:
         except (Closed, OSError) as error:
             self.end(connection, str(error))
         except Exception:
-            log.error("connection from %s failed", connection.address)
-            self.errors.write(traceback.format_exc())
-            self.end(connection, "failed")
+            self.fail(connection)
+
+    def fail(self, connection: Connection) -> None:
+        """Log an exception that nobody has expected, and close the connection."""
+        log.error("connection from %s failed", connection.address)
+        self.errors.write(traceback.format_exc())
+        self.end(connection, "failed")
 
     def answer_groups(self) -> None:
         """Answer what has come together, the body of a thread, which waits for no client."""
         while True:
             group = self.gathered.get()
-            if len(group) < GROUP:
-                with contextlib.suppress(queue.Empty):
+            with contextlib.suppress(queue.Empty):
+                while len(group) < GROUP:
                     group += self.gathered.get_nowait()
             answers = self.application.answer([each.take_whole() for each in group])
             for connection, answer in zip(group, answers, strict=True):

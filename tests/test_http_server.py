@@ -66,7 +66,7 @@ def start() -> Iterator[Callable[..., http_server.Server]]:
         transit_bytes = server.transit.size
         if not server.stopping.is_set():
             server.close(5)
-        assert server.open_connections == 0 and not server.idle
+        assert not server.connections and not server.idle
         assert server.transit.free == transit_bytes and not server.transit.transfers
         assert server.work.free == server.work.size
 
@@ -504,7 +504,7 @@ def test_connections_over_the_cap_get_a_503_if_none_is_idle(
     server = start(max_connections=1)
     first = Client(server)
     first.send(b"GET /slow HTTP/1.1\r\n\r\n")
-    until(lambda: server.open_connections and not server.idle)
+    until(lambda: server.connections and not server.idle)
     status, headers, _ = Client(server).read()
     assert (status, headers["retry-after"]) == (503, "1")
     assert first.read()[0] == 200
@@ -543,7 +543,7 @@ def test_closing_answers_what_is_under_way_and_ends_the_rest(
     slow, idle, body = Client(server), Client(server), Client(server)
     slow.send(b"GET /slow HTTP/1.1\r\n\r\n")
     body.send(b"POST /a HTTP/1.1\r\nContent-Length: 2\r\n\r\nh")
-    until(lambda: server.open_connections == 3 and len(server.idle) == 1)
+    until(lambda: len(server.connections) == 3 and len(server.idle) == 1)
     closing = threading.Thread(target=server.close, args=(5,))
     closing.start()
     assert idle.read()[0] == 0
@@ -564,6 +564,8 @@ class Together:
         self.gate.set()
 
     def takes(self, environ: dict) -> bool:
+        if environ["PATH_INFO"] == "/takes":
+            raise RuntimeError("told to fail")
         return environ["PATH_INFO"].startswith("/group")
 
     def answer(self, environs: list[dict]) -> list[Any]:
@@ -596,7 +598,7 @@ def test_requests_that_come_together_are_answered_as_a_group(
     for number in range(1, http_server.GROUP_WRITERS + 1):
         first.append(Client(server))
         first[-1].send(request(b"/group", b"first"))
-        until(lambda number=number: server.open_connections == number)
+        until(lambda number=number: len(server.connections) == number)
         until(lambda: server.gathered.empty() and not server.idle)
     rest = [Client(server) for _ in range(3)]
     for client, path in zip(rest, (b"/group", b"/group/alone", b"/group"), strict=True):
@@ -622,6 +624,17 @@ def test_of_a_group_that_fails_each_is_tried_alone(
         assert client.read()[2] == b"POST /group/raise  a"
     client.send(request(b"/group", b"a"))
     assert client.read()[2] == b"1 a"
+
+
+def test_what_nobody_expected_ends_one_connection_and_no_other(
+    start: Callable[..., http_server.Server],
+) -> None:
+    server = start(group=Together())
+    clients = [Client(server) for _ in range(8)]
+    for number, client in enumerate(clients):
+        client.send(request(b"/takes" if number % 2 else b"/a", b"hi"))
+    for number, client in enumerate(clients):
+        assert client.read()[0] == (0 if number % 2 else 200)
 
 
 @pytest.mark.parametrize("size", [60_000, 8 * MIB])

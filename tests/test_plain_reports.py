@@ -30,7 +30,8 @@ RETURNING id
 """
 SELECT = """
 SELECT id, status, attempt, failures, starts, start_token, delayed, result, error, sent_at, holder,
-    host, started_at, seconds, finished_at IS NULL, round(date_part('epoch', lease_until - now()) / 100),
+    host, started_at, seconds, finished_at IS NULL,
+    round(date_part('epoch', lease_until - now()) / 100),
     (SELECT jsonb_agg(element - 'at') FROM jsonb_array_elements(history) AS element)
 FROM tasks
 """
