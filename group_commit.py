@@ -25,12 +25,14 @@ class GroupCommit:
         path: str,
         parse: Callable[[Any], database.NewTask],
         note: Callable[[list[dict[str, Any]], float], None],
+        singles: pool.Pool,
     ) -> None:
         self.path = path
         self.parse = parse  # raises ValueError
         self.note = note  # gets the tasks that are answered with 201, and how long that took
         # Connections of their own: reports that wait for locked rows cannot keep creates out.
         self.connections = pool.Pool(GROUP_WRITERS, GROUP_OPTIONS)
+        self.singles = singles  # for a create whose id another transaction has locked
 
     def takes(self, environ: Environ) -> bool:
         """Tell whether a request creates tasks."""
@@ -59,6 +61,17 @@ class GroupCommit:
         }
         self.note(list(created.values()), time.perf_counter() - began)
         return [answer_created(created.get(id(environ))) for environ in environs]
+
+    def insert(self, new: database.NewTask) -> dict[str, dict[str, Any]]:
+        """Return by its id a task that was too large for a group, or met a lock there. It goes over
+        the few connections too: each keeps as much memory as its largest text took."""
+        insert = lambda cursor: database.insert_tasks(cursor, [new])  # noqa: E731
+        try:
+            return self.connections.statement(insert)
+        except pool.Unavailable as error:
+            if not pool.is_about_a_lock(error):
+                raise
+        return self.singles.statement(insert)
 
 
 def answer_created(task: dict[str, Any] | None) -> Answer | None:

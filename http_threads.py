@@ -29,10 +29,11 @@ class Threads:
         name = f"{self.name}-{next(self.numbers)}"
         threading.Thread(target=self.work, args=(job,), name=name, daemon=True).start()
 
-    def work(self, job: Callable[[], None]) -> None:
+    def work(self, job: Callable[[], None] | None) -> None:
         """Run a job and then those that come, the body of a thread."""
-        while True:
+        while job is not None:
             job()
+            job = None  # it holds a connection, and what that has received
             with self.lock:
                 if self.free >= KEPT:
                     return

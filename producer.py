@@ -92,7 +92,11 @@ def create_task() -> bytes:
             new.append(parse_new_task(element))
         except ValueError as error:
             api.refuse(400, f"[{index}] {error}" if body is elements else str(error))
-    created = connections.transaction(lambda cursor: insert_all(cursor, new))
+    if body is elements:
+        created = connections.transaction(lambda cursor: insert_all(cursor, new))
+    else:
+        created = creates.insert(new[0])
+        check_same(new, created)
     tasks = [created[each.id] for each in new]
     note_created(tasks)
     return api.answer(tasks if body is elements else tasks[0], 201)
@@ -119,7 +123,7 @@ def insert_all(cursor: Any, new: list[database.NewTask]) -> dict[str, dict[str, 
     return tasks
 
 
-creates = GroupCommit(CREATE_PATH, parse_new_task, note_group)
+creates = GroupCommit(CREATE_PATH, parse_new_task, note_group, connections)
 
 
 def check_same(new: list[database.NewTask], tasks: dict[str, dict[str, Any]]) -> None:
