@@ -204,7 +204,8 @@ def insert_tasks(cursor: Any, new: Collection[NewTask]) -> dict[str, dict[str, A
 
 def is_same(new: NewTask, tasks: dict[str, dict[str, Any]]) -> bool:
     """Tell whether what insert_tasks() has returned for a task is that one, or a repeat of it."""
-    return bool(tasks[new.id]["text"] == new.text)
+    found = tasks.get(new.id)  # it may have been deleted just now
+    return found is not None and bool(found["text"] == new.text)
 
 
 def apply_reports(

@@ -99,7 +99,10 @@ class Watcher:
                 backoff.succeeded()
                 for tag in locked:  # a row that somebody has locked: the letter comes again
                     channel.basic_nack(tag, requeue=True)
-                channel.basic_ack(self.letters[count - 1][0], multiple=True)
+                # A tag that is settled already would end the channel.
+                done = [tag for tag, _ in self.letters[:count] if tag not in locked]
+                if done:
+                    channel.basic_ack(done[-1], multiple=True)
                 del self.letters[:count]
             except reporter.Unavailable as error:
                 delay = backoff.failed(error)
@@ -107,19 +110,19 @@ class Watcher:
                     return  # the letters go back to their queue
                 self.pause(connection, channel, delay)
 
-    def report(self) -> tuple[int, list[int]]:
+    def report(self) -> tuple[int, set[int]]:
         """PUT what has arrived as one group; return how many letters are done with, and the tags of
         those among them that are not."""
         letters = self.letters[:]
         tags = [tag for tag, report in letters if report is not None]
         reports = [report for _, report in letters if report is not None]
         if not reports:
-            return len(letters), []
+            return len(letters), set()
         answer = self.client.put(reports)
         for index, reason in answer.refused.items():
             log.info("dead letter of %s is void: %s", reports[index].id, reason)
         log.info("reported %d dead letters", len(reports))
-        return len(letters), [tags[index] for index in answer.locked]
+        return len(letters), {tags[index] for index in answer.locked}
 
     def pause(
         self, connection: pika.BlockingConnection, channel: BlockingChannel, seconds: float

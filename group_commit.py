@@ -2,7 +2,7 @@
 flush to disk serves it all. A single client pays nothing for it."""
 
 import contextlib
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +10,7 @@ import api
 import database
 import pool
 from http_application import Answer, Environ
-from http_server import GROUP_WRITERS
+from http_groups import WRITERS
 
 # A group does not wait long for the one member whose id is locked elsewhere.
 GROUP_OPTIONS = "-c lock_timeout=100"
@@ -24,14 +24,16 @@ class GroupCommit:
         self,
         path: str,
         parse: Callable[[Any], database.NewTask],
-        note: Callable[[list[dict[str, Any]], float], None],
+        note: Callable[[dict[str, dict[str, Any]], list[float]], None],
         singles: pool.Pool,
     ) -> None:
         self.path = path
         self.parse = parse  # raises ValueError
-        self.note = note  # gets the tasks that are answered with 201, and how long that took
+        self.note = note  # gets the tasks by id, and when each request was whole
         # Connections of their own: reports that wait for locked rows cannot keep creates out.
-        self.connections = pool.Pool(GROUP_WRITERS, GROUP_OPTIONS)
+        self.connections = pool.Pool(WRITERS, GROUP_OPTIONS)
+        self.away: pool.Unavailable | None = None  # why the last group could not be written
+        self.trial = threading.Lock()  # held by the only group that tries while that is so
         self.singles = singles  # for a create whose id another transaction has locked
 
     def takes(self, environ: Environ) -> bool:
@@ -40,27 +42,50 @@ class GroupCommit:
 
     def answer(self, environs: list[Environ]) -> list[Answer | None]:
         """Answer the requests for one task each, which is new or the same as before."""
-        began = time.perf_counter()
         members: list[tuple[Environ, database.NewTask]] = []
         for environ in environs:
             with contextlib.suppress(ValueError, RecursionError):  # among them arrays
                 body = api.DECODER.decode(environ["wsgi.input"].getvalue().decode())
-                members.append((environ, self.parse(body)))
-        if not members:
-            return [None] * len(environs)
-        group = [new for _, new in members]
-        try:
-            tasks = self.connections.statement(lambda cursor: database.insert_tasks(cursor, group))
-        except pool.Unavailable as error:
-            if not pool.is_about_a_lock(error):
-                for environ, _ in members:
-                    environ["tasks.unavailable"] = error
-            return [None] * len(environs)
-        created = {
-            id(environ): tasks[new.id] for environ, new in members if database.is_same(new, tasks)
-        }
-        self.note(list(created.values()), time.perf_counter() - began)
+                # Whoever tries it again creates the same task.
+                environ["tasks.new"] = new = self.parse(body)
+                members.append((environ, new))
+        tasks = self.insert_group(members) if members else {}
+        same = [(environ, new) for environ, new in members if database.is_same(new, tasks)]
+        began = [environ["tasks.began"] for environ, _ in same]
+        self.note({new.id: tasks[new.id] for _, new in same}, began)
+        created = {id(environ): tasks[new.id] for environ, new in same}
         return [answer_created(created.get(id(environ))) for environ in environs]
+
+    def insert_group(
+        self, members: list[tuple[Environ, database.NewTask]]
+    ) -> dict[str, dict[str, Any]]:
+        """Return by their ids the tasks of a group, none if each is to be tried alone. If the
+        database is away, note that with each. Then one group tries at a time: others need not wait
+        for the same, nor leave more sessions behind that wait for a standby."""
+        away = self.away
+        if away is not None and not self.trial.acquire(blocking=False):
+            return self.refuse(members, away)
+        try:
+            group = [new for _, new in members]
+            tasks = self.connections.statement(lambda cursor: database.insert_tasks(cursor, group))
+            self.away = None
+            return tasks
+        except pool.Unavailable as error:
+            is_about_a_lock = pool.is_about_a_lock(error)
+            # Without a cause, only all connections were busy.
+            self.away = None if is_about_a_lock or error.__cause__ is None else error
+            return {} if is_about_a_lock else self.refuse(members, error)
+        finally:
+            if away is not None:
+                self.trial.release()
+
+    def refuse(
+        self, members: list[tuple[Environ, database.NewTask]], error: pool.Unavailable
+    ) -> dict[str, dict[str, Any]]:
+        """Have the application answer a group that the database is away."""
+        for environ, _ in members:
+            environ["tasks.unavailable"] = error
+        return {}
 
     def insert(self, new: database.NewTask) -> dict[str, dict[str, Any]]:
         """Return by its id a task that was too large for a group, or met a lock there. It goes over

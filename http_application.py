@@ -3,7 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 log = logging.getLogger("http")
 
@@ -33,38 +33,12 @@ class ErrorLog:
         """Do nothing: write() has logged it."""
 
 
-class Group(Protocol):
-    """What the application can do for several requests at once."""
-
-    def takes(self, environ: Environ) -> bool:
-        """Tell by its head whether a request is of that kind."""
-
-    def answer(self, environs: list[Environ]) -> list[Answer | None]:
-        """Do what the requests ask for, and answer them; None for one that gets a thread and the
-        application instead."""
-
-
 class Application:
-    """Calls a WSGI application, and what it can do for a group."""
+    """Calls a WSGI application."""
 
-    def __init__(self, app: WsgiApp, errors: ErrorLog, group: Group | None = None) -> None:
+    def __init__(self, app: WsgiApp, errors: ErrorLog) -> None:
         self.app = app
         self.errors = errors
-        self.group = group
-
-    def takes(self, environ: Environ | None) -> bool:
-        """Tell whether a request may be one of a group."""
-        return self.group is not None and environ is not None and self.group.takes(environ)
-
-    def answer(self, environs: list[Environ]) -> list[Answer | None]:
-        """Return the answers of a group, None for each request that is to be tried alone."""
-        assert self.group is not None
-        try:
-            return self.group.answer(environs)
-        except Exception:
-            log.error("a group of %d requests failed, each is tried alone", len(environs))
-            self.errors.write(traceback.format_exc())
-            return [None] * len(environs)
 
     def call(self, environ: Environ) -> Answer:
         """Run the application and collect its whole answer; 500 in JSON if it raises."""

@@ -1,8 +1,8 @@
 """A WSGI server on the standard library: HTTP/1.1 with keep-alive.
 
 One thread, the poller, waits for all clients, and reads what they send until a request is whole.
-Then it has a thread while the application works, or shares one of GROUP_WRITERS with others
-that the application can do together.
+Then it has a thread while the application works, or is one of a
+group that the application answers together.
 
 It is kept instead of http.server, which is lenient where two readers of a message may differ and
 takes three times as long to parse a request (83 against 26 microseconds). It reads a whole request
@@ -12,7 +12,6 @@ import contextlib
 import errno
 import functools
 import logging
-import queue
 import select
 import socket
 import threading
@@ -22,8 +21,9 @@ from collections.abc import Callable
 
 import http_limits
 import http_message
-from http_application import Application, Environ, ErrorLog, Group, WsgiApp
+from http_application import Application, Environ, ErrorLog, WsgiApp
 from http_connection import Closed, Connection
+from http_groups import Group, Groups
 from http_message import Refused
 from http_threads import Threads
 
@@ -32,8 +32,7 @@ log = logging.getLogger("http")
 MAX_CONNECTIONS = 512
 CLOSING_AT_ONCE = 64  # over the cap: told to close, and about to end
 BACKLOG = 256
-GROUP = 64  # requests of one look at the clients; a group may be twice as large
-GROUP_WRITERS = 4  # some answer while others write
+EVENTS = 64  # of one look at the clients
 TURN_SECONDS = 0.1
 EXPIRE_SECONDS = 1
 READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -60,7 +59,7 @@ class Server:
         group: Group | None = None,
     ) -> None:
         self.errors = ErrorLog()
-        self.application = Application(app, self.errors, group)
+        self.application = Application(app, self.errors)
         self.authorize = authorize
         self.max_connections = max_connections
         self.stopping = threading.Event()
@@ -68,7 +67,7 @@ class Server:
         self.transit = http_limits.Transit()
         self.work = http_limits.Work()
         self.threads = Threads("http")
-        self.gathered: queue.SimpleQueue[list[Connection]] = queue.SimpleQueue()
+        self.groups = Groups(self, group)
         self.lock = threading.Lock()  # guards the next one
         self.idle: dict[Connection, None] = {}  # the one that is idle for the longest first
         self.connections: dict[int, Connection] = {}  # by file descriptor; only the poller adds
@@ -96,9 +95,7 @@ class Server:
         """Start to accept connections; returns at once."""
         http_limits.share_arena()
         threading.Thread(target=self.poll, name="http", daemon=True).start()
-        for number in range(GROUP_WRITERS if self.application.group else 0):
-            name = f"http-group-{number + 1}"
-            threading.Thread(target=self.answer_groups, name=name, daemon=True).start()
+        self.groups.start()
 
     def poll(self) -> None:
         """Look after all clients until close() is done, and wait for none: the poller's body."""
@@ -113,41 +110,43 @@ class Server:
     def turn(self) -> None:
         """Accept and read what there is now, and pass on the requests that are whole."""
         group = []
-        for descriptor, _ in self.epoll.poll(TURN_SECONDS, GROUP):
+        for descriptor, _ in self.epoll.poll(TURN_SECONDS, EVENTS):
             connection = self.connections.get(descriptor)
             if connection is None:
                 self.accept()
             elif self.read(connection):
                 group.append(connection)
         if group:
-            self.gathered.put(group)
+            self.groups.gathered.put(group)
         now = time.monotonic()
         if self.accept_at and now > self.accept_at:
             self.accept_at = 0.0
-            with contextlib.suppress(OSError):  # closed meanwhile
-                self.epoll.modify(self.listener, select.EPOLLIN)
+            self.listen(select.EPOLLIN)
         if now > self.expire_at:
             self.expire_at = now + EXPIRE_SECONDS
             for each in list(self.connections.values()):
                 if each.is_watched and now > each.deadline:
                     self.end(each, "too slow")
 
+    def listen(self, events: int) -> None:
+        """Look for new connections, or do not for now."""
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            self.epoll.modify(self.listener, events)
+
     def accept(self) -> None:
         """Take a new connection, or answer it with a 503 when too many are open. Without a file
         descriptor for it, close an idle one."""
         try:
             socket_, address = self.listener.accept()
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionAbortedError):
             return  # its client has gone
         except OSError as error:
-            if self.stopping.is_set():
-                return
-            log.warning("a new connection was not accepted: %s", error)
+            if not self.stopping.is_set():
+                log.warning("a new connection was not accepted: %s", error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self.end_longest_idle()
-                self.accept_at = time.monotonic() + TURN_SECONDS
-                self.epoll.modify(self.listener, 0)
-            return
+            self.accept_at = time.monotonic() + TURN_SECONDS
+            return self.listen(0)
         socket_.setblocking(False)
         connection = Connection(self, socket_, address)
         if not self.admit(connection):
@@ -157,8 +156,10 @@ class Server:
             # An answer is one write: waiting for more (Nagle) would only delay it.
             socket_.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.epoll.register(socket_, READABLE_ONCE)
-        except OSError as error:
-            self.end(connection, str(error))
+        except Exception:
+            self.fail(connection)
+        if self.stopping.is_set():  # close() may not have seen it
+            connection.end_soon()
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection as idle, in place of another one at the cap; tell whether it may
@@ -196,7 +197,7 @@ class Server:
             connection.receive()
             if not connection.has_request():
                 self.watch(connection)
-            elif connection.is_whole() and self.application.takes(connection.environ):
+            elif self.groups.takes(connection):
                 return True
             else:
                 self.start(connection)
@@ -217,6 +218,8 @@ class Server:
             self.threads.run(functools.partial(self.run, connection))
         except RuntimeError as error:
             log.warning("a request was refused: %s", error)  # no more threads
+            if connection.unsent:
+                return self.end(connection, "half answered")
             self.forget(connection)
             self.refuse(connection.socket)
 
@@ -245,21 +248,6 @@ class Server:
         log.error("connection from %s failed", connection.address)
         self.errors.write(traceback.format_exc())
         self.end(connection, "failed")
-
-    def answer_groups(self) -> None:
-        """Answer what has come together, the body of a thread, which waits for no client."""
-        while True:
-            group = self.gathered.get()
-            with contextlib.suppress(queue.Empty):
-                while len(group) < GROUP:
-                    group += self.gathered.get_nowait()
-            answers = self.application.answer([each.take_whole() for each in group])
-            for connection, answer in zip(group, answers, strict=True):
-                if answer is None:
-                    self.start(connection)
-                else:
-                    connection.reply(*answer)
-                    self.run(connection, may_wait=False)
 
     def mark_busy(self, connection: Connection) -> None:
         """Note that a connection has a request under way."""

@@ -171,7 +171,7 @@ class Requests:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         """Call the application."""
-        began, code = time.perf_counter(), "500"
+        began, code = environ.get("tasks.began") or time.perf_counter(), "500"
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             nonlocal code

@@ -80,8 +80,25 @@ def parse_new_task(element: Any) -> database.NewTask:
 @app.post(CREATE_PATH)
 def create_task() -> bytes:
     """Insert a task, or an array of them all or none; 201 means committed."""
-    if error := bottle.request.environ.get("tasks.unavailable"):
+    environ = bottle.request.environ
+    if error := environ.get("tasks.unavailable"):
         raise error
+    if "tasks.new" in environ:
+        new, is_array = [environ["tasks.new"]], False
+    else:
+        new, is_array = read_new_tasks()
+    if is_array:
+        created = connections.transaction(lambda cursor: insert_all(cursor, new))
+    else:
+        created = creates.insert(new[0])
+        check_same(new, created)
+    note_created(created)
+    tasks = [created[each.id] for each in new]
+    return api.answer(tasks if is_array else tasks[0], 201)
+
+
+def read_new_tasks() -> tuple[list[database.NewTask], bool]:
+    """Return what a request is to create, and whether it is an array; or end it with a 400."""
     body = api.read_json()
     elements = body if isinstance(body, list) else [body]
     if not 1 <= len(elements) <= MAX_ELEMENTS:
@@ -92,28 +109,23 @@ def create_task() -> bytes:
             new.append(parse_new_task(element))
         except ValueError as error:
             api.refuse(400, f"[{index}] {error}" if body is elements else str(error))
-    if body is elements:
-        created = connections.transaction(lambda cursor: insert_all(cursor, new))
-    else:
-        created = creates.insert(new[0])
-        check_same(new, created)
-    tasks = [created[each.id] for each in new]
-    note_created(tasks)
-    return api.answer(tasks if body is elements else tasks[0], 201)
+    return new, body is elements
 
 
-def note_created(tasks: list[dict[str, Any]]) -> None:
+def note_created(tasks: dict[str, dict[str, Any]]) -> None:
     """Count new tasks and let the dispatcher know of them."""
     # A repeat is answered with the task as it is, its history included.
-    counted.note_created(sum("history" not in each for each in tasks))
-    arrivals.add([each["taskId"] for each in tasks])
+    counted.note_created(sum("history" not in each for each in tasks.values()))
+    arrivals.add(list(tasks))
 
 
-def note_group(tasks: list[dict[str, Any]], seconds: float) -> None:
-    """Note what was created by a group of requests, each of which took so long."""
+def note_group(tasks: dict[str, dict[str, Any]], began: list[float]) -> None:
+    """Note what was created by a group of requests, each of which was whole at a time of
+    time.perf_counter()."""
     note_created(tasks)
-    for _ in tasks:
-        counted.note_request(CREATE_PATH, "201", seconds)
+    now = time.perf_counter()
+    for each in began:
+        counted.note_request(CREATE_PATH, "201", now - each)
 
 
 def insert_all(cursor: Any, new: list[database.NewTask]) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,9 @@ class Client:
         url = urlsplit(PRODUCER_URL)
         secure = url.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self.connection = kind(url.hostname or "", url.port, timeout=CONNECT_SECONDS)
+        self.connection = kind(
+            url.hostname or "", url.port or (443 if secure else 80), timeout=CONNECT_SECONDS
+        )
         self.headers = {"Content-Type": "application/json"}
         if process.API_TOKEN:
             self.headers["Authorization"] = f"Bearer {process.API_TOKEN}"

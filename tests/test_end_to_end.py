@@ -1,5 +1,6 @@
 """A task all the way: producer, broker, two consumers, dead letters."""
 
+import contextlib
 import pathlib
 import re
 import signal
@@ -7,6 +8,7 @@ import time
 from typing import Any
 
 import pika
+import psycopg2
 
 import broker
 import deliveries
@@ -101,6 +103,24 @@ def test_the_watcher_runs_alone_too(stack: Stack) -> None:
     stack.wait_status(ids, "error")
     assert stack.get(ids[0])["error"] == "RuntimeError: imitated failure"
     assert (consumer.stop(), watcher.stop()) == (0, 0)
+
+
+def test_dead_letters_whose_rows_are_locked_cost_no_connection(stack: Stack) -> None:
+    stack.producer()
+    ids = stack.create("a", "b", "c")
+    stack.wait_status(ids, "sent")
+    with contextlib.closing(psycopg2.connect(stack.database_url)) as session:
+        session.cursor().execute("SELECT FROM tasks WHERE text = 'c' FOR UPDATE")
+        with stack.channel() as channel:
+            for _ in ids:
+                tag = until(lambda: channel.basic_get(broker.QUEUE)[0]).delivery_tag
+                channel.basic_nack(tag, requeue=False)
+        watcher = stack.start("dlq_watcher")
+        stack.wait_status(ids[:2], "error")
+        time.sleep(5)  # in which the third is tried more than once
+    stack.wait_status(ids, "error")
+    assert watcher.stop() == 0
+    assert "lost a server" not in watcher.log.read_text()
 
 
 def test_why_a_message_has_died_is_seen_without_decoding_its_headers(stack: Stack) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import http_connection
+import http_groups
 import http_limits
 import http_server
 import http_threads
@@ -595,16 +596,16 @@ def test_requests_that_come_together_are_answered_as_a_group(
     server = start(group=group)
     group.gate.clear()
     first = []
-    for number in range(1, http_server.GROUP_WRITERS + 1):
+    for number in range(1, http_groups.WRITERS + 1):
         first.append(Client(server))
         first[-1].send(request(b"/group", b"first"))
         until(lambda number=number: len(server.connections) == number)
-        until(lambda: server.gathered.empty() and not server.idle)
+        until(lambda: server.groups.gathered.empty() and not server.idle)
     rest = [Client(server) for _ in range(3)]
     for client, path in zip(rest, (b"/group", b"/group/alone", b"/group"), strict=True):
         client.send(request(path, b"body")[:-1])
         client.send(b"y")
-    until(lambda: not server.gathered.empty() and not server.idle)
+    until(lambda: not server.groups.gathered.empty() and not server.idle)
     group.gate.set()
     assert {client.read()[2] for client in first} == {b"1 first"}
     sizes = [client.read()[2] for client in rest]
@@ -619,7 +620,7 @@ def test_of_a_group_that_fails_each_is_tried_alone(
     start: Callable[..., http_server.Server],
 ) -> None:
     client = Client(start(group=Together()))
-    for _ in range(http_server.GROUP_WRITERS + 1):
+    for _ in range(http_groups.WRITERS + 1):
         client.send(request(b"/group/raise", b"a"))
         assert client.read()[2] == b"POST /group/raise  a"
     client.send(request(b"/group", b"a"))
@@ -642,12 +643,12 @@ def test_a_client_that_does_not_read_holds_up_no_group(
     start: Callable[..., http_server.Server], size: int
 ) -> None:
     server = start(group=Together())
-    deaf = [Client(server) for _ in range(2 * http_server.GROUP_WRITERS)]
+    deaf = [Client(server) for _ in range(2 * http_groups.WRITERS)]
     for _ in range(100):  # more than the buffers of the kernel hold
         for client in deaf:
             client.send(request(b"/group/large", b"%d" % size))
     time.sleep(0.5)
-    for _ in range(2 * http_server.GROUP_WRITERS):
+    for _ in range(2 * http_groups.WRITERS):
         began = time.monotonic()
         client = Client(server)
         client.send(request(b"/group", b"a"))
