@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("http")
 
-WRITERS = 4  # some answer while others wait for the application's database
+WRITERS = 2  # one answers while the other waits for the application's database
 GROUP = 64  # requests, and at most so many more that came with the last of these
 
 
