@@ -31,7 +31,7 @@ def steady(all_: Fleet) -> Results:
     """Return the milliseconds from create to success at RATE single creates a second."""
     bench = all_.bench
     bench.sql("CHECKPOINT")
-    load.create_aside(bench.url, RATE * RATE_SECONDS, RATE)
+    load.create_aside(bench.url, RATE * RATE_SECONDS, RATE, "0")
     bench.wait_ended()
     [(count, seconds)] = bench.sql(
         "SELECT count(*), extract(epoch FROM max(created_at) - min(created_at))::float8 FROM tasks"

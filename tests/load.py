@@ -136,14 +136,16 @@ def bare_pipe(url: str, count: int, publish: Callable[..., None] = pipe_publish)
     return count / (clock[1] - clock[0])
 
 
-def create_load(url: str, count: int, rate: float = math.inf) -> tuple[float, list[float]]:
+def create_load(
+    url: str, count: int, rate: float = math.inf, text: str = TEXT
+) -> tuple[float, list[float]]:
     """Create tasks one by one over kept connections, at most so many a second; return requests/s
     and their seconds.
 
     One thread and prepared bytes, so that the machine's two cores go to the server, not to this.
     """
     host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({"text": TEXT}).encode()
+    body = json.dumps({"text": text}).encode()
     head = (
         f"POST /api/v1/create-task HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     )
@@ -184,10 +186,10 @@ def load_process(queue: Any, *arguments: Any) -> None:
     queue.put(create_load(*arguments))
 
 
-def create_aside(url: str, count: int, rate: float = math.inf) -> tuple[float, list[float]]:
+def create_aside(url: str, count: int, *options: Any) -> tuple[float, list[float]]:
     """Return what create_load measures in a process of its own."""
     queue: Any = multiprocessing.Queue()
-    process = multiprocessing.Process(target=load_process, args=(queue, url, count, rate))
+    process = multiprocessing.Process(target=load_process, args=(queue, url, count, *options))
     process.start()
     result: tuple[float, list[float]] = queue.get()
     process.join()
