@@ -109,15 +109,17 @@ class Server:
 
     def turn(self) -> None:
         """Accept and read what there is now, and pass on the requests that are whole."""
-        group = []
-        for descriptor, _ in self.epoll.poll(TURN_SECONDS, EVENTS):
-            connection = self.connections.get(descriptor)
-            if connection is None:
-                self.accept()
-            elif self.read(connection):
-                group.append(connection)
-        if group:
-            self.groups.gathered.put(group)
+        group: list[Connection] = []
+        try:
+            for descriptor, _ in self.epoll.poll(TURN_SECONDS, EVENTS):
+                connection = self.connections.get(descriptor)
+                if connection is None:
+                    self.accept()
+                elif self.read(connection):
+                    group.append(connection)
+        finally:  # these are watched no more: whatever happens, they are answered
+            if group:
+                self.groups.gathered.put(group)
         now = time.monotonic()
         if self.accept_at and now > self.accept_at:
             self.accept_at = 0.0
