@@ -76,6 +76,8 @@ class Decoder:
                 break
             at = end
         self.impl._frame_buffer = buffer[at:]
+        # With no byte more in 15 s, pika would give the connection up.
+        self.impl.bytes_received += len(data)
 
     def leave_to_pika(self, buffer: bytes, at: int) -> int:
         """Let pika process a frame; return where it ends, or `at` if it is not complete."""

@@ -245,6 +245,16 @@ def test_a_frozen_broker_connection_is_given_up(
     stack.wait_status(ids, "success")
 
 
+def test_a_connection_that_hears_its_broker_is_kept(stack: Stack) -> None:
+    stack.producer()
+    url = f"{stack.rabbit.url}?heartbeat=1"  # pika looks each 6 s, at what came since the last time
+    consumer = stack.consumer(RABBITMQ_URL=url)
+    for _ in range(20):
+        stack.wait_status(stack.create("x"), "success")
+        time.sleep(1)
+    assert "lost a server" not in consumer.log.read_text()
+
+
 @pytest.mark.parametrize("server", ["rabbit", "postgres"])
 def test_a_frozen_server_holds_nobody_for_ever(server: str, own: Stack, runs: pathlib.Path) -> None:
     own.producer()
