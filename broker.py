@@ -3,6 +3,7 @@ kept, and how a batch is published."""
 
 import itertools
 import logging
+import math
 import random
 import struct
 import threading
@@ -60,6 +61,8 @@ TASKS_ARGUMENTS = QUEUE_ARGUMENTS | {
 }
 
 HEARTBEAT_SECONDS = 10  # pika leaves a silent server after 15 to 30 s
+WORKED_SECONDS = 5  # a connection that breaks sooner is tried again less and less often
+CONFIRM_SECONDS = 10  # an election takes less; a channel that has lost its queue never answers
 BLOCKED_SECONDS = 5  # how long a publisher waits, rows locked, while the broker has an alarm
 # A frame of this size is legal on every connection. https://www.rabbitmq.com/amqp-0-9-1-protocol
 FRAME_BODY_BYTES = pika.spec.FRAME_MIN_SIZE - pika.spec.FRAME_HEADER_SIZE - pika.spec.FRAME_END_SIZE
@@ -88,14 +91,65 @@ def count_waiting(channel: BlockingChannel, queue: str) -> tuple[int, int]:
     return method.message_count, method.consumer_count
 
 
+class Confirms:
+    """The broker's answers to what one channel publishes.
+
+    A transaction would be one answer to a batch, but RabbitMQ (3.10 to 4.3) says OK to its commit
+    also when a quorum queue has refused the messages, as it does while it elects a leader or is
+    full. https://www.rabbitmq.com/docs/confirms
+    """
+
+    def __init__(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
+        self.connection = connection
+        self.channel = channel
+        self.last = 0  # the broker counts messages from 1 on
+        self.waiting: set[int] = set()  # messages without an answer
+        self.refused = 0
+        selected: list[Any] = []
+        channel._impl.confirm_delivery(self.on_answer, selected.append)
+        self.flush(lambda: bool(selected))
+
+    def expect(self, count: int) -> None:
+        """Note that so many messages are published now."""
+        self.waiting.update(range(self.last + 1, self.last + count + 1))
+        self.last += count
+
+    def on_answer(self, frame: Any) -> None:
+        """Take an ack or a nack, of one message or of all up to it."""
+        number = frame.method.delivery_tag
+        if frame.method.multiple:
+            answered = {each for each in self.waiting if each <= number}
+        else:
+            answered = {number}
+        self.waiting -= answered
+        if isinstance(frame.method, pika.spec.Basic.Nack):
+            self.refused += len(answered)
+
+    def wait(self) -> None:
+        """Wait until the broker has taken all that was published; raise if it has not."""
+        self.flush(lambda: not self.waiting)
+        if self.refused:
+            raise pika.exceptions.AMQPError(f"the queue refused {self.refused} messages")
+
+    def flush(self, is_done: Callable[[], bool]) -> None:
+        """Send and read until is_done(); end the connection after CONFIRM_SECONDS, as its heartbeat
+        does: to close it, the channel would have to answer."""
+        impl = self.connection._impl
+        late = pika.exceptions.AMQPError(f"not confirmed in {CONFIRM_SECONDS} s")
+        timer = impl._adapter_call_later(CONFIRM_SECONDS, lambda: impl._terminate_stream(late))
+        try:
+            self.channel._flush_output(is_done)
+        finally:
+            impl._adapter_remove_timeout(timer)
+
+
 def publish(
     connection: pika.BlockingConnection,
     channel: BlockingChannel,
     messages: list[tuple[str, bytes, bool]],
     expiration_ms: int,
 ) -> None:
-    """Put (message id, body, is a suspect) triples into the channel's open transaction, in one
-    write to the socket.
+    """Publish (message id, body, is a suspect) triples in one write to the socket.
 
     basic_publish() polls and sends three times a message, half of a dispatcher's time. The frames
     here are pika's own, those of a method and a header made once a batch; only their way out is not
@@ -172,19 +226,20 @@ def keep_connected(
     name, first = process.name_of(role), next(FIRST_HOSTS)
     backoff = process.Backoff(log, f"{name} lost a server")
     while not stop.is_set():
-        began = time.monotonic()
+        worked_since = math.inf
         connection = None
         try:
             connection = connect(name, first)
             channel = connection.channel()
             declare(channel)
+            worked_since = time.monotonic()
             on_state("ok")
             log.log(logging.INFO if backoff.failures else logging.DEBUG, "%s connected", name)
             work(connection, channel)
         except Exception as error:  # the top of a loop: a thread that ends quietly is worse
             first += 1
-            if time.monotonic() - began > process.LAST_DELAY_SECONDS:
-                backoff.succeeded()  # it worked for a while: this is a new outage
+            if time.monotonic() - worked_since > WORKED_SECONDS:
+                backoff.succeeded()  # this is a new outage
             if isinstance(error, LOST):
                 on_state(process.printable(error))
             if not isinstance(error, LOST + expected):

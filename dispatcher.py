@@ -119,8 +119,8 @@ class Arrivals:
 class Dispatcher:
     """Feeds pending tasks to the broker from THREADS threads, each over connections of its own.
 
-    The broker commits first and the database last: whatever fails between the two, the rows are
-    pending again and the message, if it is out, is a copy of the same attempt.
+    The broker confirms first and the database commits last: whatever fails between the two, the
+    rows are pending again and the messages that are out are copies of the same attempt.
     """
 
     def __init__(self, stop: threading.Event, arrivals: Arrivals) -> None:
@@ -214,6 +214,7 @@ class Publisher:
         self.connection = connection
         self.channel = channel
         self.session = session
+        self.confirms = broker.Confirms(connection, channel)
         self.returned: list[Any] = []
         self.text_bytes = 0.0  # mean of the last batch
         self.measured_at = 0.0
@@ -221,12 +222,12 @@ class Publisher:
     def run(self) -> None:
         """Dispatch batch after batch until stop is set; any error ends it."""
         stop, room, arrivals = self.dispatcher.stop, self.dispatcher.room, self.dispatcher.arrivals
-        self.channel.tx_select()
         self.channel.add_on_return_callback(lambda *parts: self.returned.append(parts))
         # While the broker has an alarm it reads no more, but keeps what it got and may publish it
         # later: let that be a message to nobody, and claim only when it has answered.
+        self.confirms.expect(1)
         self.channel.basic_publish("", "tasks.probe", b"")
-        self.channel.tx_commit()
+        self.confirms.wait()
         while not stop.is_set():
             self.dispatcher.turns[self.number] = time.monotonic()
             age = time.monotonic() - self.measured_at
@@ -279,10 +280,11 @@ class Publisher:
         return size >= BATCH_BYTES or (ids is None and len(claimed) > limit / 2)
 
     def publish(self, claimed: list[claims.Claimed]) -> int:
-        """Publish tasks and commit at the broker; return their bytes."""
+        """Publish tasks until the broker has them all; return their bytes."""
         messages = [(each.id, task.Message(*each[:-1]).as_body(), each.suspect) for each in claimed]
+        self.confirms.expect(len(messages))
         broker.publish(self.connection, self.channel, messages, EXPIRATION_MS)
-        self.channel.tx_commit()
+        self.confirms.wait()
         self.connection.process_data_events()  # only here does pika report what came back
         if self.returned:
             raise pika.exceptions.AMQPError(f"{len(self.returned)} messages had no queue")

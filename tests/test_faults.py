@@ -229,6 +229,19 @@ def test_a_message_without_a_queue_is_not_marked_sent(own: Stack) -> None:
     assert "messages had no queue" in log
 
 
+def test_what_a_full_queue_refuses_stays_pending(own: Stack) -> None:
+    own.producer()
+    own.rabbit.ctl("set_policy", "full", "^tasks$", '{"max-length": 5}', "--apply-to", "queues")
+    ids = own.create(*map(str, range(100)))
+    own.wait_status(ids, "sent")  # the queue stops what comes after it is full
+    ids += own.create("one more")
+    until(lambda: "the queue refused" in own.processes[0].log.read_text(), what="refused")
+    assert own.counts() == {"sent": 100, "pending": 1}
+    own.rabbit.ctl("clear_policy", "full")
+    own.consumer()
+    own.wait_status(ids, "success")
+
+
 def test_a_frozen_broker_connection_is_given_up(
     stack: Stack, runs: pathlib.Path, proxy: Any
 ) -> None:
