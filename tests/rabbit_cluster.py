@@ -120,6 +120,13 @@ class Cluster:
         until(lambda: all(node.speaks_amqp() for node in self.nodes), what="all nodes speak AMQP")
         until(lambda: self.running() == set(self.names), what="the cluster is whole")
 
+    def mend(self) -> None:
+        """Start what a test that failed has left dead."""
+        for node in self.nodes:
+            if node.poll() is not None:
+                node.launch()
+        self.wait_whole()
+
     def members_of(self, queue: str, at: int = 0) -> set[str]:
         """Return the names of the nodes that hold a copy of a queue."""
         return found(self.nodes[at].eval(f"ra_leaderboard:lookup_members({ra(queue)})"))

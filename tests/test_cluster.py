@@ -41,6 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def stack(cluster: Cluster, postgres: Any, tmp_path: pathlib.Path) -> Iterator[Stack]:
     """A project on the cluster: a producer and two consumers. The queues stay for the next test,
     since a new one needs some seconds until it outlives a kill."""
+    cluster.mend()
     stack = Stack(postgres, cluster, tmp_path)
     try:
         stack.env["LOG_LEVEL"] = "INFO"
@@ -195,8 +196,10 @@ def test_the_clients_of_a_node_that_is_cut_off_go_to_the_others(
     with Flow(stack) as flow:
         flow.moves_on()
         cluster.nodes[leader].part(others)
-        flow.moves_on()
-        cluster.nodes[leader].rejoin(others)
+        try:
+            flow.moves_on()
+        finally:
+            cluster.nodes[leader].rejoin(others)
         cluster.wait_whole()
         assert flow.verify("leader cut off") < STALL_SECONDS
 

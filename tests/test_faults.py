@@ -242,6 +242,20 @@ def test_what_a_full_queue_refuses_stays_pending(own: Stack) -> None:
     own.wait_status(ids, "success")
 
 
+def test_a_queue_that_confirms_nothing_keeps_no_row(own: Stack) -> None:
+    own.producer()
+    own.consumer()
+    own.wait_status(own.create("before"), "success")
+    queue = "{'%2F_tasks', node()}"
+    own.rabbit.ctl("eval", f"sys:suspend({queue}).")
+    ids = own.create("during")
+    log = own.processes[0].log
+    until(lambda: "not confirmed in 10 s" in log.read_text(), what="given up")
+    assert own.counts() == {"success": 1, "pending": 1}
+    own.rabbit.ctl("eval", f"sys:resume({queue}).")
+    own.wait_status(ids, "success")
+
+
 def test_a_frozen_broker_connection_is_given_up(
     stack: Stack, runs: pathlib.Path, proxy: Any
 ) -> None:
