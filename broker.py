@@ -1,25 +1,22 @@
-"""RabbitMQ as every script sees it: its address, the names and the topology, how a connection is
-kept, and how a batch is published."""
+"""RabbitMQ as every script sees it: its address, the names and the topology, and how a connection
+is kept and ended."""
 
+import contextlib
 import itertools
 import logging
 import math
 import random
-import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import pika
 import pika.exceptions
-import pika.frame
-import pika.spec
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 import process
-import task
 
 log = logging.getLogger("broker")
 
@@ -61,13 +58,14 @@ TASKS_ARGUMENTS = QUEUE_ARGUMENTS | {
 }
 
 HEARTBEAT_SECONDS = 10  # pika leaves a silent server after 15 to 30 s
-WORKED_SECONDS = 5  # a connection that breaks sooner is tried again less and less often
-CONFIRM_SECONDS = 10  # an election takes less; a channel that has lost its queue never answers
+# A connection that breaks sooner is tried again less and less often: so does one that waits for an
+# alarm to end, for confirms, or for a silent database.
+WORKED_SECONDS = 20
+CLOSE_SECONDS = 10
+# See is_due_for_renewal().
+RENEW_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS / 10)
+RENEW_UNUSED_SECONDS = 10 * RENEW_SECONDS
 BLOCKED_SECONDS = 5  # how long a publisher waits, rows locked, while the broker has an alarm
-# A frame of this size is legal on every connection. https://www.rabbitmq.com/amqp-0-9-1-protocol
-FRAME_BODY_BYTES = pika.spec.FRAME_MIN_SIZE - pika.spec.FRAME_HEADER_SIZE - pika.spec.FRAME_END_SIZE
-SIZE = struct.Struct(">Q")  # of a body, in the frame of its header
-SIZE_AT = pika.spec.FRAME_HEADER_SIZE + 4
 LOST = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
 # Where a process's connections begin in the list of hosts: each with another one, so that a node
 # that freezes has not all of them.
@@ -89,99 +87,6 @@ def count_waiting(channel: BlockingChannel, queue: str) -> tuple[int, int]:
     not count."""
     method = channel.queue_declare(queue, passive=True).method
     return method.message_count, method.consumer_count
-
-
-class Confirms:
-    """The broker's answers to what one channel publishes.
-
-    A transaction would be one answer to a batch, but RabbitMQ (3.10 to 4.3) says OK to its commit
-    also when a quorum queue has refused the messages, as it does while it elects a leader or is
-    full. https://www.rabbitmq.com/docs/confirms
-    """
-
-    def __init__(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
-        self.connection = connection
-        self.channel = channel
-        self.last = 0  # the broker counts messages from 1 on
-        self.waiting: set[int] = set()  # messages without an answer
-        self.refused = 0
-        selected: list[Any] = []
-        channel._impl.confirm_delivery(self.on_answer, selected.append)
-        self.flush(lambda: bool(selected))
-
-    def expect(self, count: int) -> None:
-        """Note that so many messages are published now."""
-        self.waiting.update(range(self.last + 1, self.last + count + 1))
-        self.last += count
-
-    def on_answer(self, frame: Any) -> None:
-        """Take an ack or a nack, of one message or of all up to it."""
-        number = frame.method.delivery_tag
-        if frame.method.multiple:
-            answered = {each for each in self.waiting if each <= number}
-        else:
-            answered = {number}
-        self.waiting -= answered
-        if isinstance(frame.method, pika.spec.Basic.Nack):
-            self.refused += len(answered)
-
-    def wait(self) -> None:
-        """Wait until the broker has taken all that was published; raise if it has not."""
-        self.flush(lambda: not self.waiting)
-        if self.refused:
-            raise pika.exceptions.AMQPError(f"the queue refused {self.refused} messages")
-
-    def flush(self, is_done: Callable[[], bool]) -> None:
-        """Send and read until is_done(); end the connection after CONFIRM_SECONDS, as its heartbeat
-        does: to close it, the channel would have to answer."""
-        impl = self.connection._impl
-        late = pika.exceptions.AMQPError(f"not confirmed in {CONFIRM_SECONDS} s")
-        timer = impl._adapter_call_later(CONFIRM_SECONDS, lambda: impl._terminate_stream(late))
-        try:
-            self.channel._flush_output(is_done)
-        finally:
-            impl._adapter_remove_timeout(timer)
-
-
-def publish(
-    connection: pika.BlockingConnection,
-    channel: BlockingChannel,
-    messages: list[tuple[str, bytes, bool]],
-    expiration_ms: int,
-) -> None:
-    """Publish (message id, body, is a suspect) triples in one write to the socket.
-
-    basic_publish() polls and sends three times a message, half of a dispatcher's time. The frames
-    here are pika's own, those of a method and a header made once a batch; only their way out is not
-    public.
-    """
-    number = channel.channel_number
-    method = pika.spec.Basic.Publish(exchange=EXCHANGE, routing_key=ROUTING_KEY, mandatory=True)
-    publish_frame = pika.frame.Method(number, method).marshal()
-    headers = [header_parts(number, expiration_ms, suspect) for suspect in (False, True)]
-    frames: list[bytes] = []
-    for message_id, body, suspect in messages:
-        before, between, after = headers[suspect]
-        frames += publish_frame, before, SIZE.pack(len(body)), between, message_id.encode(), after
-        for start in range(0, len(body), FRAME_BODY_BYTES):
-            part = body[start : start + FRAME_BODY_BYTES]
-            frames.append(pika.frame.Body(number, part).marshal())
-    connection._impl._output_marshaled_frames([b"".join(frames)])
-
-
-def header_parts(number: int, expiration_ms: int, suspect: bool) -> tuple[bytes, bytes, bytes]:
-    """Return the frame of a header without the size of the body and the id of the message: what is
-    before the size, between the two, and after the id."""
-    properties = pika.BasicProperties(
-        content_type="application/json",
-        headers={SUSPECT: True} if suspect else None,
-        delivery_mode=pika.DeliveryMode.Persistent.value,
-        expiration=str(expiration_ms),
-        message_id=task.NOBODY,
-    )
-    frame: bytes = pika.frame.Header(number, 0, properties).marshal()
-    before_id, _, after = frame.partition(task.NOBODY.encode())
-    return before_id[:SIZE_AT], before_id[SIZE_AT + SIZE.size :], after
 
 
 def host_of(url: str) -> str:
@@ -214,14 +119,14 @@ def keep_connected(
     stop: threading.Event,
     work: Callable[[pika.BlockingConnection, BlockingChannel], None],
     expected: tuple[type[BaseException], ...] = (),
-    on_state: Callable[[str], None] = lambda state: None,
+    on_lost: Callable[[str], None] = lambda reason: None,
 ) -> None:
     """Connect, declare and call work(connection, channel) again and again until stop is set.
 
     Whatever work raises ends the connection, so the broker takes back what was not acked. AMQP
     errors and the expected ones are WARNINGs; others are logged with a stack trace, and retried
-    too, each time from the next host on: a frozen one would take 15 seconds again. on_state() gets
-    "ok" or what is wrong with the broker.
+    too. If work returns, the connection is renewed at once. Each begins at the next host: a frozen
+    one would take 15 seconds again. on_lost() gets what is wrong with the broker.
     """
     name, first = process.name_of(role), next(FIRST_HOSTS)
     backoff = process.Backoff(log, f"{name} lost a server")
@@ -233,15 +138,13 @@ def keep_connected(
             channel = connection.channel()
             declare(channel)
             worked_since = time.monotonic()
-            on_state("ok")
             log.log(logging.INFO if backoff.failures else logging.DEBUG, "%s connected", name)
             work(connection, channel)
         except Exception as error:  # the top of a loop: a thread that ends quietly is worse
-            first += 1
             if time.monotonic() - worked_since > WORKED_SECONDS:
                 backoff.succeeded()  # this is a new outage
             if isinstance(error, LOST):
-                on_state(process.printable(error))
+                on_lost(process.printable(error))
             if not isinstance(error, LOST + expected):
                 log.exception("%s failed", name)
             delay = backoff.failed(error)
@@ -249,6 +152,26 @@ def keep_connected(
             stop.wait(delay)
         else:
             close(connection)
+        first += 1
+
+
+class Renewal:
+    """When a connection with a subscription is to be renewed.
+
+    An ack, a nack or a delivery that RabbitMQ loses while a quorum queue changes its leader stays
+    with the subscription, and takes its room, until the connection ends.
+    https://github.com/rabbitmq/rabbitmq-server/issues/15473
+    """
+
+    def __init__(self) -> None:
+        now = time.monotonic()
+        self.used = False  # a message has come
+        self.used_at = now + RENEW_SECONDS * random.uniform(1, 2)  # not all consumers together
+        self.unused_at = now + RENEW_UNUSED_SECONDS * random.uniform(1, 2)
+
+    def is_due(self) -> bool:
+        """Tell whether a subscription without messages should begin anew."""
+        return time.monotonic() > (self.used_at if self.used else self.unused_at)
 
 
 def raise_when_cancelled(channel: BlockingChannel) -> None:
@@ -268,10 +191,24 @@ def pump(connection: pika.BlockingConnection, channel: BlockingChannel, seconds:
         raise pika.exceptions.AMQPError("the broker ended the channel")
 
 
+@contextlib.contextmanager
+def time_limit(connection: pika.BlockingConnection, seconds: float, what: str) -> Iterator[None]:
+    """End a connection whose broker does not answer for so long, as its heartbeat does: whoever
+    waits for the answer gets an AMQPError."""
+    impl = connection._impl
+    error = pika.exceptions.AMQPError(f"{what} in {seconds} s")
+    timer = impl._adapter_call_later(seconds, lambda: impl._terminate_stream(error))
+    try:
+        yield
+    finally:
+        impl._adapter_remove_timeout(timer)
+
+
 def close(connection: pika.BlockingConnection | None) -> None:
     """Close a connection that may be broken already."""
     try:
         if connection is not None and connection.is_open:
-            connection.close()
+            with time_limit(connection, CLOSE_SECONDS, "not closed"):
+                connection.close()
     except LOST as error:
         log.debug("closing failed: %s", error)

@@ -60,15 +60,16 @@ class Consumer:
         self.deadline = 0.0  # of time.monotonic(), for what runs to end
 
     def consume(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
-        """Take deliveries over one connection until stop; raise when the broker takes it away."""
+        """Take deliveries over one connection until stop, or until it should be renewed; raise when
+        the broker takes it away."""
         subscription = Subscription(connection, channel)
         self.window = 0
         self.adjust(subscription)
         try:
-            while not self.stop.is_set():
+            while not self.stop.is_set() and not subscription.is_worn():
                 self.turn(subscription, process.TURN_SECONDS)
-            subscription.resize(0)
-            while not self.is_over():
+            subscription.end()
+            while not (self.is_over() if self.stop.is_set() else subscription.is_empty()):
                 self.turn(subscription, REPORT_TURN_SECONDS)
             connection.process_data_events()  # the last acks; the broker returns the rest
         finally:

@@ -16,6 +16,7 @@ import broker
 import claims
 import pool
 import process
+import publishing
 import task
 
 log = logging.getLogger("dispatcher")
@@ -161,16 +162,19 @@ class Dispatcher:
     def run(self, number: int) -> None:
         """Dispatch until stop is set, through every outage: the body of thread `number`."""
 
-        def on_state(state: str) -> None:
-            self.states[number] = state
-            self.room[number] = 0
+        def on_lost(reason: str) -> None:
+            self.states[number] = reason
 
         def work(connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
+            self.room[number] = 0
+            confirms = publishing.Confirms(connection, channel)
+            confirms.probe()
+            self.states[number] = "ok"
             with contextlib.closing(pool.connect()) as session:
-                Publisher(self, number, connection, channel, session).run()
+                Publisher(self, number, confirms, session).run()
 
         role = f"producer-{number + 1}"
-        broker.keep_connected(role, self.stop, work, pool.UNAVAILABLE, on_state)
+        broker.keep_connected(role, self.stop, work, pool.UNAVAILABLE, on_lost)
 
     def measure_room(self, channel: BlockingChannel, number: int) -> None:
         """Allow a thread a batch if the queue has room, what the others may send included. While
@@ -205,16 +209,14 @@ class Publisher:
         self,
         dispatcher: Dispatcher,
         number: int,
-        connection: pika.BlockingConnection,
-        channel: BlockingChannel,
+        confirms: publishing.Confirms,
         session: Any,
     ) -> None:
         self.dispatcher = dispatcher
         self.number = number
-        self.connection = connection
-        self.channel = channel
+        self.confirms = confirms
+        self.connection, self.channel = confirms.connection, confirms.channel
         self.session = session
-        self.confirms = broker.Confirms(connection, channel)
         self.returned: list[Any] = []
         self.text_bytes = 0.0  # mean of the last batch
         self.measured_at = 0.0
@@ -223,11 +225,6 @@ class Publisher:
         """Dispatch batch after batch until stop is set; any error ends it."""
         stop, room, arrivals = self.dispatcher.stop, self.dispatcher.room, self.dispatcher.arrivals
         self.channel.add_on_return_callback(lambda *parts: self.returned.append(parts))
-        # While the broker has an alarm it reads no more, but keeps what it got and may publish it
-        # later: let that be a message to nobody, and claim only when it has answered.
-        self.confirms.expect(1)
-        self.channel.basic_publish("", "tasks.probe", b"")
-        self.confirms.wait()
         while not stop.is_set():
             self.dispatcher.turns[self.number] = time.monotonic()
             age = time.monotonic() - self.measured_at
@@ -283,7 +280,7 @@ class Publisher:
         """Publish tasks until the broker has them all; return their bytes."""
         messages = [(each.id, task.Message(*each[:-1]).as_body(), each.suspect) for each in claimed]
         self.confirms.expect(len(messages))
-        broker.publish(self.connection, self.channel, messages, EXPIRATION_MS)
+        publishing.publish(self.connection, self.channel, messages, EXPIRATION_MS)
         self.confirms.wait()
         self.connection.process_data_events()  # only here does pika report what came back
         if self.returned:

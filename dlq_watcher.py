@@ -64,14 +64,16 @@ class Watcher:
         self.stop = stop
         self.client = reporter.Client()
         self.letters: list[tuple[int, task.Report | None]] = []
+        self.renewal = broker.Renewal()
 
     def run(self) -> None:
         """Watch until stop is set, through every outage of broker and producer."""
         broker.keep_connected("dlq_watcher", self.stop, self.watch)
 
     def watch(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
-        """Report and ack what arrives over one connection; raise when the broker takes it away."""
-        self.letters = []
+        """Report and ack what arrives over one connection, until stop or until it should be
+        renewed; raise when the broker takes it away."""
+        self.letters, self.renewal = [], broker.Renewal()
         broker.raise_when_cancelled(channel)
         deliveries.Decoder(connection, channel)
         channel.basic_qos(prefetch_count=PREFETCH)
@@ -83,6 +85,8 @@ class Watcher:
         stop_at = None  # of time.monotonic(), the latest; sooner when no letter comes any more
         report_at = 0.0
         while stop_at is None or time.monotonic() < stop_at:
+            if not self.letters and self.renewal.is_due():
+                return
             if stop_at is None and self.stop.is_set():
                 stop_at = time.monotonic() + LAST_LETTERS_SECONDS
             broker.pump(connection, channel, 0 if self.letters else process.TURN_SECONDS)
@@ -134,6 +138,7 @@ class Watcher:
 
     def on_letter(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """Take a delivery; it is acked when its report is accepted, or there is none to make."""
+        self.renewal.used = True
         self.letters.append((method.delivery_tag, report_of(properties, body)))
 
 

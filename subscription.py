@@ -33,6 +33,8 @@ class Subscription:
         self.counts: dict[str, int] = {}  # the prefetch counts of consumer tags
         self.loads: dict[str, int] = {}  # unsettled messages of consumer tags
         self.held: dict[int, str] = {}  # to be acked when the window is smaller
+        self.renewal = broker.Renewal()
+        self.ending = False
         broker.raise_when_cancelled(channel)
         deliveries.Decoder(connection, channel)
 
@@ -47,6 +49,7 @@ class Subscription:
         first: of another, a message may be on its way, which pika sends back as redelivered. For
         held tasks, it takes effect at once, else when the messages of cancelled tags are settled.
         """
+        window = 0 if self.ending else window
         held = collections.Counter(self.unsettled.get(tag) for tag in self.held)
         order = lambda tag: (self.unused(tag), -held[tag], -self.counts[tag])  # noqa: E731
         for tag in sorted(self.counts, key=order):
@@ -60,6 +63,20 @@ class Subscription:
             tag = self.channel.basic_consume(broker.QUEUE, self.on_message)
             self.counts[tag] = room
         log.debug("window is now %d", window)
+
+    def end(self) -> None:
+        """Let no message come any more, whatever the window should be."""
+        self.ending = True
+        with broker.time_limit(self.connection, broker.CLOSE_SECONDS, "not unsubscribed"):
+            self.resize(0)
+
+    def is_empty(self) -> bool:
+        """Tell whether each delivery is settled."""
+        return not self.unsettled
+
+    def is_worn(self) -> bool:
+        """Tell whether the connection should be renewed, and nothing would be lost by that."""
+        return self.is_empty() and self.renewal.is_due()
 
     def unused(self, tag: str) -> int:
         """Return how many messages the broker may still send for a consumer tag."""
@@ -78,6 +95,7 @@ class Subscription:
 
     def on_message(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
         """Take a delivery; what is not a task of ours goes to the dead letters."""
+        self.renewal.used = True
         consumer_tag = method.consumer_tag
         self.unsettled[method.delivery_tag] = consumer_tag
         self.loads[consumer_tag] = self.loads.get(consumer_tag, 0) + 1

@@ -8,9 +8,9 @@ import pika.frame
 import pika.spec
 import pytest
 
-import broker
 import deliveries
 import dlq_watcher
+import publishing
 
 pytestmark = pytest.mark.pure
 
@@ -21,7 +21,7 @@ def frames(number: int, body: bytes, headers: dict[str, Any] | None = None) -> l
     """Return the frames of a delivery, as pika makes them."""
     method = pika.spec.Basic.Deliver(TAG, number, number % 2 == 0, "tasks", "tasks")
     properties = pika.BasicProperties("application/json", delivery_mode=2, headers=headers)
-    size = broker.FRAME_BODY_BYTES
+    size = publishing.FRAME_BODY_BYTES
     parts = [body[start : start + size] for start in range(0, len(body), size)]
     return [
         pika.frame.Method(1, method).marshal(),
@@ -36,6 +36,7 @@ class Connection:
     def __init__(self) -> None:
         self._impl: Any = self
         self._frame_buffer = b""
+        self.bytes_received = 0
         self._on_data_available: Any = None
         self.left: list[Any] = []
         self.taken: list[tuple[Any, ...]] = []
@@ -75,6 +76,7 @@ def test_deliveries_are_found_in_any_pieces_and_all_else_is_left_to_pika(size: i
     ]
     assert [type(frame) for frame in connection.left] == [pika.frame.Heartbeat] * 6
     assert connection._frame_buffer == b""
+    assert connection.bytes_received == len(data)  # else pika takes the connection for a dead one
 
 
 def test_a_delivery_with_something_else_between_its_frames_is_left_to_pika() -> None:
@@ -132,12 +134,13 @@ def test_what_is_published_has_the_frames_that_pika_would_make() -> None:
     impl = types.SimpleNamespace(_output_marshaled_frames=written.extend)
     connection, channel = types.SimpleNamespace(_impl=impl), types.SimpleNamespace(channel_number=1)
     ids = [f"00000000-0000-4000-8000-00000000000{number}" for number in range(4)]
-    bodies = [b"", b"x", b"y" * broker.FRAME_BODY_BYTES, b"z" * (broker.FRAME_BODY_BYTES + 1)]
+    size = publishing.FRAME_BODY_BYTES
+    bodies = [b"", b"x", b"y" * size, b"z" * (size + 1)]
     messages = [
         (id_, body, number % 2 == 1)
         for number, (id_, body) in enumerate(zip(ids, bodies, strict=True))
     ]
-    broker.publish(connection, channel, messages, 1800)  # type: ignore[arg-type]
+    publishing.publish(connection, channel, messages, 1800)  # type: ignore[arg-type]
     expected = b""
     for id_, body, suspect in messages:
         method = pika.spec.Basic.Publish(exchange="tasks", routing_key="tasks", mandatory=True)
@@ -150,7 +153,6 @@ def test_what_is_published_has_the_frames_that_pika_would_make() -> None:
         )
         expected += pika.frame.Method(1, method).marshal()
         expected += pika.frame.Header(1, len(body), properties).marshal()
-        size = broker.FRAME_BODY_BYTES
         for start in range(0, len(body), size):
             expected += pika.frame.Body(1, body[start : start + size]).marshal()
     assert b"".join(written) == expected

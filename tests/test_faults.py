@@ -2,6 +2,7 @@
 nothing, or stuck."""
 
 import contextlib
+import os
 import pathlib
 import re
 import signal
@@ -280,6 +281,34 @@ def test_a_connection_that_hears_its_broker_is_kept(stack: Stack) -> None:
         stack.wait_status(stack.create("x"), "success")
         time.sleep(1)
     assert "lost a server" not in consumer.log.read_text()
+
+
+def test_subscriptions_are_renewed_and_lose_or_repeat_nothing(stack: Stack) -> None:
+    stack.producer(SENT_TIMEOUT_SECONDS=20)
+    consumer = stack.consumer(SENT_TIMEOUT_SECONDS=20, HANDLER="handlers:note", RUNS=os.devnull)
+    renewals = lambda role: consumer.log.read_text().count(f" {role}@") - 1  # noqa: E731
+    ids, deadline = [], time.monotonic() + 60
+    while min(renewals("consumer"), renewals("dlq_watcher")) < 3:  # each after 2 to 4 s
+        assert time.monotonic() < deadline
+        ids += stack.create("fine", "fail")
+        time.sleep(0.02)
+    stack.wait_ended()
+    assert stack.counts() == {"success": len(ids) // 2, "error": len(ids) // 2}
+    assert stack.sql("SELECT max(starts), max(failures) FROM tasks") == [(0, 1)]
+    assert "lost a server" not in consumer.log.read_text()
+
+
+def test_a_subscription_that_gets_nothing_any_more_is_renewed(own: Stack) -> None:
+    own.producer(SENT_TIMEOUT_SECONDS=60)
+    consumers = [own.consumer(SENT_TIMEOUT_SECONDS=60) for _ in range(2)]
+    until(lambda: all("window is" in each.log.read_text() for each in consumers), what="consuming")
+    own.wait_status(own.create(*map(str, range(10))), "success")
+    queue = 'rabbit_misc:r(<<"/">>, queue, <<"tasks">>)'
+    lookup = f"{{ok, Queue}} = rabbit_amqqueue:lookup({queue})"
+    channel = "element(1, hd(rabbit_amqqueue:consumers(Queue)))"
+    own.rabbit.ctl("eval", f"{lookup}, sys:suspend({channel}).")
+    own.wait_status(own.create(*map(str, range(20))), "success")  # half of them were stuck there
+    assert sum("not unsubscribed in 10 s" in each.log.read_text() for each in consumers) == 1
 
 
 @pytest.mark.parametrize("server", ["rabbit", "postgres"])
