@@ -58,15 +58,17 @@ TASKS_ARGUMENTS = QUEUE_ARGUMENTS | {
 }
 
 HEARTBEAT_SECONDS = 10  # pika leaves a silent server after 15 to 30 s
-# A connection that breaks sooner is tried again less and less often: so does one that waits for an
-# alarm to end, for confirms, or for a silent database.
+# A connection that ends sooner is tried again less and less often. One that its broker has not
+# broken would soon end again: there is an alarm, or the queue is silent, or the database is.
 WORKED_SECONDS = 20
+WORKED_UNTIL_BROKEN_SECONDS = 5
 CLOSE_SECONDS = 10
 # See is_due_for_renewal().
 RENEW_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS / 10)
 RENEW_UNUSED_SECONDS = 10 * RENEW_SECONDS
 BLOCKED_SECONDS = 5  # how long a publisher waits, rows locked, while the broker has an alarm
 LOST = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
+BROKEN = (pika.exceptions.ConnectionClosedByBroker, pika.exceptions.StreamLostError)
 # Where a process's connections begin in the list of hosts: each with another one, so that a node
 # that freezes has not all of them.
 FIRST_HOSTS = itertools.count(random.randrange(len(URLS)))
@@ -141,7 +143,9 @@ def keep_connected(
             log.log(logging.INFO if backoff.failures else logging.DEBUG, "%s connected", name)
             work(connection, channel)
         except Exception as error:  # the top of a loop: a thread that ends quietly is worse
-            if time.monotonic() - worked_since > WORKED_SECONDS:
+            is_broken = isinstance(error, BROKEN)
+            enough = WORKED_UNTIL_BROKEN_SECONDS if is_broken else WORKED_SECONDS
+            if time.monotonic() - worked_since > enough:
                 backoff.succeeded()  # this is a new outage
             if isinstance(error, LOST):
                 on_lost(process.printable(error))
