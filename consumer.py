@@ -54,6 +54,7 @@ class Consumer:
         self.pool = pool
         self.width = PREFETCH or CONCURRENCY  # the window while no worker is busy with a held task
         self.window = 0
+        self.counts: list[int] = []  # of the tags of a connection that is being renewed
         self.pace = 0.0  # seconds a task takes a worker, a moving average
         self.adjust_at = 0.0
         self.healthy_at = 0.0
@@ -64,10 +65,15 @@ class Consumer:
         the broker takes it away."""
         subscription = Subscription(connection, channel)
         self.window = 0
+        for count in self.counts:  # the broker gives to each tag in turn, whatever its count
+            self.window += count
+            subscription.resize(self.window)
+        self.counts = []
         self.adjust(subscription)
         try:
             while not self.stop.is_set() and not subscription.is_worn():
                 self.turn(subscription, process.TURN_SECONDS)
+            self.counts = list(subscription.counts.values())
             subscription.end()
             while not (self.is_over() if self.stop.is_set() else subscription.is_empty()):
                 self.turn(subscription, REPORT_TURN_SECONDS)
