@@ -63,7 +63,7 @@ HEARTBEAT_SECONDS = 10  # pika leaves a silent server after 15 to 30 s
 WORKED_SECONDS = 20
 WORKED_UNTIL_BROKEN_SECONDS = 5
 CLOSE_SECONDS = 10
-# See is_due_for_renewal().
+# See Renewal.
 RENEW_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS / 10)
 RENEW_UNUSED_SECONDS = 10 * RENEW_SECONDS
 BLOCKED_SECONDS = 5  # how long a publisher waits, rows locked, while the broker has an alarm
