@@ -1,14 +1,13 @@
 """RabbitMQ as every script sees it: its address, the names and the topology, and how a connection
 is kept and ended."""
 
-import contextlib
 import itertools
 import logging
 import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pika
@@ -62,7 +61,8 @@ HEARTBEAT_SECONDS = 10  # pika leaves a silent server after 15 to 30 s
 # broken would soon end again: there is an alarm, or the queue is silent, or the database is.
 WORKED_SECONDS = 20
 WORKED_UNTIL_BROKEN_SECONDS = 5
-CLOSE_SECONDS = 10
+ANSWER_SECONDS = 10  # an election takes less; pika looks at the clock every 5 s, at the least
+HEARTBEATS_BYTES = 200  # more than come in that time
 # See Renewal.
 RENEW_SECONDS = min(60, process.SENT_TIMEOUT_SECONDS / 10)
 RENEW_UNUSED_SECONDS = 10 * RENEW_SECONDS
@@ -97,6 +97,28 @@ def host_of(url: str) -> str:
     return f"{parameters.host}:{parameters.port}"
 
 
+class Connection(pika.BlockingConnection):  # type: ignore[misc]
+    """Ends itself when the broker leaves a call without its answer: a channel may hang, or wait for
+    a queue that does, on a connection whose heartbeats come."""
+
+    def _flush_output(self, *waiters: Callable[[], bool]) -> None:
+        """Send and read until one of the waiters is true: once connected, pika waits only here."""
+        deadline, heard = time.monotonic() + ANSWER_SECONDS, self._impl.bytes_received
+
+        def give_up() -> bool:
+            nonlocal deadline, heard
+            now = time.monotonic()
+            if self._impl.bytes_received > heard + HEARTBEATS_BYTES:  # the answer comes after those
+                deadline, heard = now + ANSWER_SECONDS, self._impl.bytes_received
+            elif now > deadline:
+                deadline = math.inf
+                error = pika.exceptions.AMQPError(f"no answer in {ANSWER_SECONDS} s")
+                self._impl._terminate_stream(error)
+            return False
+
+        super()._flush_output(*waiters, give_up)
+
+
 def connect(name: str, first: int) -> pika.BlockingConnection:
     """Connect to the first host that answers, from host number `first` on, round and round, under a
     name the broker shows."""
@@ -109,7 +131,7 @@ def connect(name: str, first: int) -> pika.BlockingConnection:
         each.connection_attempts = 1  # keep_connected() repeats, and can be stopped
         each.tcp_options = {"TCP_KEEPIDLE": 30, "TCP_USER_TIMEOUT": 30_000}
     try:
-        return pika.BlockingConnection(parameters)
+        return Connection(parameters)
     except LOST as error:
         hosts = ", ".join(map(host_of, URLS))
         reason = process.printable(error)
@@ -195,24 +217,10 @@ def pump(connection: pika.BlockingConnection, channel: BlockingChannel, seconds:
         raise pika.exceptions.AMQPError("the broker ended the channel")
 
 
-@contextlib.contextmanager
-def time_limit(connection: pika.BlockingConnection, seconds: float, what: str) -> Iterator[None]:
-    """End a connection whose broker does not answer for so long, as its heartbeat does: whoever
-    waits for the answer gets an AMQPError."""
-    impl = connection._impl
-    error = pika.exceptions.AMQPError(f"{what} in {seconds} s")
-    timer = impl._adapter_call_later(seconds, lambda: impl._terminate_stream(error))
-    try:
-        yield
-    finally:
-        impl._adapter_remove_timeout(timer)
-
-
 def close(connection: pika.BlockingConnection | None) -> None:
     """Close a connection that may be broken already."""
     try:
         if connection is not None and connection.is_open:
-            with time_limit(connection, CLOSE_SECONDS, "not closed"):
-                connection.close()
+            connection.close()
     except LOST as error:
         log.debug("closing failed: %s", error)

@@ -1,7 +1,6 @@
 """How the dispatcher publishes a batch: in one write to the socket, and confirmed by the broker."""
 
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import pika
@@ -13,7 +12,6 @@ from pika.adapters.blocking_connection import BlockingChannel
 import broker
 import task
 
-CONFIRM_SECONDS = 10  # an election takes less; a channel that has lost its queue never answers
 # A frame of this size is legal on every connection. https://www.rabbitmq.com/amqp-0-9-1-protocol
 FRAME_BODY_BYTES = pika.spec.FRAME_MIN_SIZE - pika.spec.FRAME_HEADER_SIZE - pika.spec.FRAME_END_SIZE
 SIZE = struct.Struct(">Q")  # of a body, in the frame of its header
@@ -36,7 +34,7 @@ class Confirms:
         self.refused = 0
         selected: list[Any] = []
         channel._impl.confirm_delivery(self.on_answer, selected.append)
-        self.flush(lambda: bool(selected))
+        channel._flush_output(lambda: bool(selected))
 
     def expect(self, count: int) -> None:
         """Note that so many messages are published now."""
@@ -55,15 +53,11 @@ class Confirms:
             self.refused += len(answered)
 
     def wait(self) -> None:
-        """Wait until the broker has taken all that was published; raise if it has not."""
-        self.flush(lambda: not self.waiting)
+        """Wait until the broker has taken all that was published; raise if it has not, or does not
+        answer: a channel that has lost its queue never does."""
+        self.channel._flush_output(lambda: not self.waiting)
         if self.refused:
             raise pika.exceptions.AMQPError(f"the queue refused {self.refused} messages")
-
-    def flush(self, is_done: Callable[[], bool]) -> None:
-        """Send and read until is_done(); raise after CONFIRM_SECONDS."""
-        with broker.time_limit(self.connection, CONFIRM_SECONDS, "not confirmed"):
-            self.channel._flush_output(is_done)
 
     def probe(self) -> None:
         """Publish a message to nobody. While the broker has an alarm it reads no more, but keeps

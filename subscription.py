@@ -67,8 +67,7 @@ class Subscription:
     def end(self) -> None:
         """Let no message come any more, whatever the window should be."""
         self.ending = True
-        with broker.time_limit(self.connection, broker.CLOSE_SECONDS, "not unsubscribed"):
-            self.resize(0)
+        self.resize(0)
 
     def is_empty(self) -> bool:
         """Tell whether each delivery is settled."""
