@@ -2,7 +2,6 @@
 nothing, or stuck."""
 
 import contextlib
-import os
 import pathlib
 import re
 import signal
@@ -295,18 +294,21 @@ def test_a_consumer_that_stood_still_keeps_its_connections(stack: Stack) -> None
     assert "lost a server" not in consumer.log.read_text()
 
 
-def test_subscriptions_are_renewed_and_lose_or_repeat_nothing(stack: Stack) -> None:
+def test_subscriptions_are_renewed_and_lose_or_repeat_nothing(
+    stack: Stack, runs: pathlib.Path
+) -> None:
     stack.producer(SENT_TIMEOUT_SECONDS=20)
-    consumer = stack.consumer(SENT_TIMEOUT_SECONDS=20, HANDLER="handlers:note", RUNS=os.devnull)
+    consumer = stack.consumer(**handler(runs, SENT_TIMEOUT_SECONDS=20))
     renewals = lambda role: consumer.log.read_text().count(f" {role}@") - 1  # noqa: E731
     ids, deadline = [], time.monotonic() + 60
     while min(renewals("consumer"), renewals("dlq_watcher")) < 3:  # each after 2 to 4 s
         assert time.monotonic() < deadline
-        ids += stack.create("fine", "fail")
+        ids += stack.create(f"fine {len(ids)}", f"fail {len(ids)}")
         time.sleep(0.02)
     stack.wait_ended()
     assert stack.counts() == {"success": len(ids) // 2, "error": len(ids) // 2}
-    assert stack.sql("SELECT max(starts), max(failures) FROM tasks") == [(0, 1)]
+    assert stack.sql("SELECT max(failures) FROM tasks") == [(1,)]
+    assert list(stack.runs(runs).values()) == [1] * len(ids)
     assert "lost a server" not in consumer.log.read_text()
 
 
