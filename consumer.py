@@ -90,8 +90,9 @@ class Consumer:
     def turn(self, subscription: Subscription, seconds: float) -> None:
         """Let the connection work for a moment; take in what came; keep the window right."""
         broker.pump(subscription.connection, subscription.channel, seconds)
-        if entries := subscription.take():
-            self.in_flight.admit(entries)
+        if subscription.arrived:
+            self.in_flight.admit(subscription.arrived)
+            subscription.arrived = []
         now = time.monotonic()
         if not self.stop.is_set() and (now >= self.adjust_at or subscription.held):
             self.adjust_at = now + ADJUST_SECONDS

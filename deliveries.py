@@ -1,6 +1,5 @@
-"""Takes deliveries past pika, which spends half of a consumer's time on them: it makes three frames
-of each, and an object of every part. Pika would also send back what comes for a subscription that
-it has cancelled: that would come again as redelivered, and its start be asked for."""
+"""Decodes deliveries for pika, which spends half of a consumer's time on that: it makes three
+frames of each, and an object of every part. What becomes of a delivery stays pika's."""
 
 import struct
 from typing import Any
@@ -38,42 +37,31 @@ class Properties:
 
 
 class Delivery:
-    """A message, and what the broker says of it. Of the properties, only the headers are sure."""
+    """What callbacks get as method and as properties; of these, none unless there are headers."""
 
-    __slots__ = ("body", "consumer_tag", "properties", "redelivered", "tag")
+    __slots__ = ("consumer_tag", "delivery_tag", "properties", "redelivered")
 
     def __init__(
-        self, tag: int, consumer_tag: str, redelivered: bool, properties: Any, body: bytes
+        self, consumer_tag: str, delivery_tag: int, redelivered: bool, properties: Any
     ) -> None:
-        self.tag = tag
         self.consumer_tag = consumer_tag
+        self.delivery_tag = delivery_tag
         self.redelivered = redelivered
         self.properties = properties
-        self.body = body
+
+    @property
+    def method(self) -> "Delivery":
+        """What pika looks for in the frame of a method."""
+        return self
 
 
 class Decoder:
-    """Stands between the socket of a connection and pika, for its one channel; take() returns what
-    has come."""
+    """Stands between the socket of a connection and pika, for its one channel."""
 
     def __init__(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
-        self.connection = connection
-        self.channel = channel
         self.impl = connection._impl
-        self.arrived: list[Delivery] = []
+        self.channel = channel._impl
         self.impl._on_data_available = self.on_data
-        channel._impl._on_deliver = self.on_long_delivery
-
-    def consume(self, queue: str, arguments: dict[str, Any] | None = None) -> str:
-        """Subscribe to a queue; return the consumer tag."""
-        never = lambda *_: None  # noqa: E731
-        tag: str = self.channel.basic_consume(queue, never, arguments=arguments)
-        return tag
-
-    def take(self) -> list[Delivery]:
-        """Return what has come since the last call."""
-        arrived, self.arrived = self.arrived, []
-        return arrived
 
     def on_data(self, data: bytes) -> None:
         """Take bytes from the socket; what is not complete waits for more of them."""
@@ -88,8 +76,6 @@ class Decoder:
                 break
             at = end
         self.impl._frame_buffer = buffer[at:]
-        if self.arrived:
-            self.connection._request_channel_dispatch(-1)  # end process_data_events()
         # With no byte more in 15 s, pika would give the connection up.
         self.impl.bytes_received += len(data)
 
@@ -102,16 +88,8 @@ class Decoder:
         end: int = at + size
         return end
 
-    def on_long_delivery(self, method: Any, header: Any, body: bytes) -> None:
-        """Take what pika has put together."""
-        said, properties = method.method, header.properties
-        delivery = Delivery(
-            said.delivery_tag, said.consumer_tag, said.redelivered, properties, body
-        )
-        self.arrived.append(delivery)
-
     def deliver(self, buffer: bytes, at: int) -> int | None:
-        """Take a delivery; return where it ends, `at` if it is not complete, and
+        """Hand a delivery to pika's channel; return where it ends, `at` if it is not complete, and
         None if it is long or broken, or something else is between its frames."""
         end: int
         try:
@@ -142,6 +120,6 @@ class Decoder:
         tag_end = tag_at + 1 + buffer[tag_at]
         consumer_tag = buffer[tag_at + 1 : tag_end].decode()
         tag, redelivered = TAG.unpack_from(buffer, tag_end)
-        delivery = Delivery(tag, consumer_tag, bool(redelivered), properties, b"".join(parts))
-        self.arrived.append(delivery)
+        delivery = Delivery(consumer_tag, tag, bool(redelivered), properties)
+        self.channel._on_deliver(delivery, delivery, b"".join(parts))
         return end

@@ -75,12 +75,12 @@ class Watcher:
         renewed; raise when the broker takes it away."""
         self.letters, self.renewal = [], broker.Renewal()
         broker.raise_when_cancelled(channel)
-        decoder = deliveries.Decoder(connection, channel)
+        deliveries.Decoder(connection, channel)
         channel.basic_qos(prefetch_count=PREFETCH)
         # The letters go to one watcher while it has room. In turn, each of many would get one and
         # report it alone. https://www.rabbitmq.com/docs/consumer-priority
         priority = {"x-priority": random.randrange(2**31)}
-        decoder.consume(broker.DEAD_LETTER_QUEUE, priority)
+        channel.basic_consume(broker.DEAD_LETTER_QUEUE, self.on_letter, arguments=priority)
         backoff = process.Backoff(log, "dead letters wait for the producer")
         stop_at = None  # of time.monotonic(), the latest; sooner when no letter comes any more
         report_at = 0.0
@@ -90,7 +90,6 @@ class Watcher:
             if stop_at is None and self.stop.is_set():
                 stop_at = time.monotonic() + LAST_LETTERS_SECONDS
             broker.pump(connection, channel, 0 if self.letters else process.TURN_SECONDS)
-            self.take(decoder)
             if not self.letters:
                 if stop_at is not None:
                     return
@@ -98,7 +97,6 @@ class Watcher:
             if (early := report_at - time.monotonic()) > 0 and stop_at is None:
                 self.stop.wait(early)  # without looking: each look takes as long as ten letters
                 broker.pump(connection, channel, 0)
-                self.take(decoder)
             report_at = time.monotonic() + GROUP_SECONDS
             try:
                 count, locked = self.report()
@@ -138,11 +136,10 @@ class Watcher:
         while not self.stop.is_set() and (left := deadline - time.monotonic()) > 0:
             broker.pump(connection, channel, min(left, process.TURN_SECONDS))
 
-    def take(self, decoder: deliveries.Decoder) -> None:
-        """Take what has come; it is acked when its report is accepted, or there is none to make."""
-        for letter in decoder.take():
-            self.renewal.used = True
-            self.letters.append((letter.tag, report_of(letter.properties, letter.body)))
+    def on_letter(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        """Take a delivery; it is acked when its report is accepted, or there is none to make."""
+        self.renewal.used = True
+        self.letters.append((method.delivery_tag, report_of(properties, body)))
 
 
 def main() -> None:

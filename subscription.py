@@ -3,6 +3,7 @@
 import collections
 import logging
 import time
+from typing import Any
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
@@ -27,6 +28,7 @@ class Subscription:
     def __init__(self, connection: pika.BlockingConnection, channel: BlockingChannel) -> None:
         self.connection = connection
         self.channel = channel
+        self.arrived: list[Entry] = []
         self.unsettled: dict[int, str] = {}  # delivery tags, ascending, with their consumer tags
         self.counts: dict[str, int] = {}  # the prefetch counts of consumer tags
         self.loads: dict[str, int] = {}  # unsettled messages of consumer tags
@@ -34,20 +36,19 @@ class Subscription:
         self.renewal = broker.Renewal()
         self.ending = False
         broker.raise_when_cancelled(channel)
-        self.decoder = deliveries.Decoder(connection, channel)
+        deliveries.Decoder(connection, channel)
 
     def taken(self) -> int:
         """Return how many messages may be unsettled, once those that rows hold are acked."""
         held = sum(self.unsettled.get(tag) not in self.counts for tag in self.held)
         left = sum(load for tag, load in self.loads.items() if tag not in self.counts)
-        late = sum(each.consumer_tag not in self.counts for each in self.decoder.arrived)
-        return sum(self.counts.values()) + left + late - held
+        return sum(self.counts.values()) + left - held
 
     def resize(self, window: int) -> None:
         """Let the broker send so many unsettled messages. Tags whose count is used up are cancelled
-        first: messages of another may be on their way. Those come, and count; what has not left the
-        broker comes again as redelivered, so that its start is asked for. For held tasks, the
-        window takes effect at once, else when the messages of cancelled tags are settled."""
+        first: of another, a message may be on its way, which pika sends back as redelivered. For
+        held tasks, it takes effect at once, else when the messages of cancelled tags are settled.
+        """
         window = 0 if self.ending else window
         held = collections.Counter(self.unsettled.get(tag) for tag in self.held)
         order = lambda tag: (self.unused(tag), -held[tag], -self.counts[tag])  # noqa: E731
@@ -59,18 +60,18 @@ class Subscription:
         room = window - self.taken()
         if room > 0:
             self.channel.basic_qos(prefetch_count=room)
-            self.counts[self.decoder.consume(broker.QUEUE)] = room
+            tag = self.channel.basic_consume(broker.QUEUE, self.on_message)
+            self.counts[tag] = room
         log.debug("window is now %d", window)
 
     def end(self) -> None:
-        """Let no message come any more, whatever the window should be. One that is on its way goes
-        back: the end would wait for its task."""
+        """Let no message come any more, whatever the window should be."""
         self.ending = True
         self.resize(0)
 
     def is_empty(self) -> bool:
         """Tell whether each delivery is settled."""
-        return not (self.unsettled or self.decoder.arrived)
+        return not self.unsettled
 
     def is_worn(self) -> bool:
         """Tell whether the connection should be renewed, and nothing would be lost by that."""
@@ -91,28 +92,22 @@ class Subscription:
         if load:
             self.loads[consumer_tag] = load
 
-    def take(self) -> list[Entry]:
-        """Return what has come; what is not a task of ours goes to the dead letters."""
-        entries = []
-        for delivery in self.decoder.take():
-            self.renewal.used = True
-            tag, consumer_tag = delivery.tag, delivery.consumer_tag
-            self.unsettled[tag] = consumer_tag
-            self.loads[consumer_tag] = self.loads.get(consumer_tag, 0) + 1
-            if self.ending:
-                self.settle({tag: REQUEUE})
-                continue
-            try:
-                message = task.parse_message(delivery.body)
-            except ValueError as error:
-                shown = process.printable(delivery.body[:80])
-                log.warning("dead-lettered a message that is no task (%s): %s", error, shown)
-                self.settle({tag: DEAD_LETTER})
-                continue
-            suspect = delivery.redelivered or broker.SUSPECT in (delivery.properties.headers or {})
-            size = len(delivery.body)
-            entries.append(Entry(message, size, suspect, [(self, tag)], time.monotonic()))
-        return entries
+    def on_message(self, channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        """Take a delivery; what is not a task of ours goes to the dead letters."""
+        self.renewal.used = True
+        consumer_tag = method.consumer_tag
+        self.unsettled[method.delivery_tag] = consumer_tag
+        self.loads[consumer_tag] = self.loads.get(consumer_tag, 0) + 1
+        try:
+            message = task.parse_message(body)
+        except ValueError as error:
+            shown = process.printable(body[:80])
+            log.warning("dead-lettered a message that is no task (%s): %s", error, shown)
+            self.settle({method.delivery_tag: DEAD_LETTER})
+            return
+        suspect = method.redelivered or broker.SUSPECT in (properties.headers or {})
+        delivery = self, method.delivery_tag
+        self.arrived.append(Entry(message, len(body), suspect, [delivery], time.monotonic()))
 
     def settle(self, verdicts: dict[int, str]) -> None:
         """Ack, dead-letter or requeue deliveries, each run of equals at the front by one frame.

@@ -11,8 +11,6 @@ import pytest
 import deliveries
 import dlq_watcher
 import publishing
-import subscription
-import task
 
 pytestmark = pytest.mark.pure
 
@@ -33,7 +31,7 @@ def frames(number: int, body: bytes, headers: dict[str, Any] | None = None) -> l
 
 
 class Connection:
-    """Stands for pika's: notes the frames that are left to it."""
+    """Stands for pika's: notes the frames that are left to it, and the deliveries."""
 
     def __init__(self) -> None:
         self._impl: Any = self
@@ -41,8 +39,9 @@ class Connection:
         self.bytes_received = 0
         self._on_data_available: Any = None
         self.left: list[Any] = []
-        self.ends = 0  # times that a wait for more was ended
-        self.decoder = deliveries.Decoder(self, types.SimpleNamespace(_impl=self))  # type: ignore[arg-type]
+        self.taken: list[tuple[Any, ...]] = []
+        self.properties: list[Any] = []
+        deliveries.Decoder(self, types.SimpleNamespace(_impl=self))  # type: ignore[arg-type]
 
     def _read_frame(self) -> Any:
         return pika.frame.decode_frame(self._frame_buffer)
@@ -50,15 +49,11 @@ class Connection:
     def _process_frame(self, frame: Any) -> None:
         self.left.append(frame)
 
-    def _request_channel_dispatch(self, number: int) -> None:
-        assert number < 0
-        self.ends += 1
-
-    def taken(self) -> list[tuple[Any, ...]]:
-        return [
-            (each.consumer_tag, each.tag, each.redelivered, each.properties.headers, each.body)
-            for each in self.decoder.take()
-        ]
+    def _on_deliver(self, frame: Any, header: Any, body: bytes) -> None:
+        method, headers = frame.method, header.properties.headers
+        self.properties.append(header.properties)
+        number, again = method.delivery_tag, method.redelivered
+        self.taken.append((method.consumer_tag, number, again, headers, body))
 
     def feed(self, data: bytes, size: int) -> None:
         for start in range(0, len(data), size):
@@ -76,8 +71,7 @@ def test_deliveries_are_found_in_any_pieces_and_all_else_is_left_to_pika(size: i
     connection = Connection()
     connection.feed(data, size)
     expected = zip(range(5), headers, bodies, strict=True)
-    assert connection.ends > 0
-    assert connection.taken() == [
+    assert connection.taken == [
         (TAG, number, number % 2 == 0, header, body) for number, header, body in expected
     ]
     assert [type(frame) for frame in connection.left] == [pika.frame.Heartbeat] * 6
@@ -89,7 +83,7 @@ def test_a_delivery_with_something_else_between_its_frames_is_left_to_pika() -> 
     method, header, body = frames(1, b"x")
     connection = Connection()
     connection.feed(method + pika.frame.Heartbeat().marshal() + header + body, 10**6)
-    assert connection.taken() == []
+    assert connection.taken == []
     kinds = [pika.frame.Method, pika.frame.Heartbeat, pika.frame.Header, pika.frame.Body]
     assert [type(frame) for frame in connection.left] == kinds
 
@@ -100,7 +94,7 @@ def test_a_long_body_is_left_to_pika_even_if_it_begins_like_a_delivery(size: int
     long = begins + b"x" * deliveries.MAX_BODY_BYTES
     connection = Connection()
     connection.feed(b"".join(frames(1, long)) + b"".join(frames(2, begins)), size)
-    assert [number for _, number, *_ in connection.taken()] == [2]
+    assert [number for _, number, *_ in connection.taken] == [2]
     bodies = [frame.fragment for frame in connection.left if isinstance(frame, pika.frame.Body)]
     assert b"".join(bodies) == long
     assert connection._frame_buffer == b""
@@ -111,64 +105,7 @@ def test_a_delivery_without_its_end_is_refused_as_pika_does() -> None:
     connection = Connection()
     with pytest.raises(pika.exceptions.InvalidFrameError):
         connection.feed(method + header + body[:-1] + b"\0", 10**6)
-    assert connection.taken() == []
-
-
-class Channel:
-    """Stands for pika's: notes what is sent; messages come while a tag is cancelled."""
-
-    def __init__(self) -> None:
-        self._impl = types.SimpleNamespace()
-        self.add_on_cancel_callback = lambda _: None
-        self.late: list[int] = []  # delivery tags
-        self.sent: list[Any] = []
-        self.subscription = subscription.Subscription(types.SimpleNamespace(_impl=self._impl), self)  # type: ignore[arg-type]
-
-    def basic_qos(self, prefetch_count: int) -> None:
-        self.sent.append(prefetch_count)
-
-    def basic_consume(self, *_: Any, arguments: Any) -> str:
-        assert arguments is None
-        return f"ctag{len(self.sent)}"
-
-    def basic_cancel(self, consumer_tag: str) -> None:
-        self.sent.append(consumer_tag)
-        self.bring(consumer_tag, self.late)
-        self.late = []
-
-    def basic_nack(self, *arguments: Any, requeue: bool) -> None:
-        self.sent.append((*arguments, requeue))
-
-    def bring(self, consumer_tag: str, tags: list[int]) -> None:
-        body = task.Message(f"00000000-0000-4000-8000-{tags[0]:012}", "x", 1, 0).as_body()
-        self.subscription.decoder.arrived += [
-            deliveries.Delivery(tag, consumer_tag, False, deliveries.NO_PROPERTIES, body)
-            for tag in tags
-        ]
-
-
-def test_what_comes_while_a_subscription_is_cancelled_counts_towards_the_window() -> None:
-    channel = Channel()
-    window = channel.subscription
-    window.resize(20)
-    channel.bring("ctag1", [1, 2])
-    assert len(window.take()) == 2
-    channel.late = [3, 4, 5]
-    window.resize(8)
-    assert channel.sent == [20, "ctag1", 8 - 5]
-    assert len(window.take()) == 3
-    assert window.taken() == 8
-
-
-def test_what_comes_while_a_subscription_ends_goes_back() -> None:
-    channel = Channel()
-    channel.subscription.resize(20)
-    channel.late = [1]
-    channel.subscription.end()
-    assert not channel.subscription.is_empty()
-    assert channel.subscription.take() == []
-    assert channel.sent == [20, "ctag1", (1, True, True)]
-    assert channel.subscription.is_empty()
+    assert connection.taken == []
 
 
 @pytest.mark.parametrize(
@@ -187,8 +124,8 @@ def test_what_comes_while_a_subscription_ends_goes_back() -> None:
 def test_the_last_reason_of_a_dead_letter_is_found(headers: Any, reason: str) -> None:
     connection = Connection()
     connection.feed(b"".join(frames(1, b"x", headers)), 10**6)
-    [letter] = connection.decoder.take()
-    assert dlq_watcher.reason_of(letter.properties) == reason
+    [properties] = connection.properties
+    assert dlq_watcher.reason_of(properties) == reason
     assert dlq_watcher.reason_of(pika.BasicProperties(headers=headers)) == reason
 
 

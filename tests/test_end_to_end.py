@@ -126,21 +126,16 @@ def test_dead_letters_whose_rows_are_locked_cost_no_connection(stack: Stack) -> 
 def test_why_a_message_has_died_is_seen_without_decoding_its_headers(stack: Stack) -> None:
     stack.producer()  # makes the queues
     letters: dict[bytes, Any] = {}
+    take = lambda channel, method, properties, body: letters.update({body: properties})  # noqa: E731
     with stack.channel() as channel:
-        decoder = deliveries.Decoder(channel.connection, channel)
+        deliveries.Decoder(channel.connection, channel)
         channel.basic_publish(broker.EXCHANGE, broker.ROUTING_KEY, b"rejected")
         tag = until(lambda: channel.basic_get(broker.QUEUE)[0]).delivery_tag
         channel.basic_nack(tag, requeue=False)
         soon = pika.BasicProperties(expiration="1")
         channel.basic_publish(broker.EXCHANGE, broker.ROUTING_KEY, b"expired", soon)
-        decoder.consume(broker.DEAD_LETTER_QUEUE)
-
-        def all_came() -> bool:
-            channel.connection.process_data_events(0.1)
-            letters.update({each.body: each.properties for each in decoder.take()})
-            return len(letters) == 2
-
-        until(all_came)
+        channel.basic_consume(broker.DEAD_LETTER_QUEUE, take, auto_ack=True)
+        until(lambda: channel.connection.process_data_events(0.1) or len(letters) == 2)
     for body, properties in letters.items():
         assert dlq_watcher.reason_of(properties) == body.decode()
         assert dlq_watcher.is_rejected(properties) == (body == b"rejected")
