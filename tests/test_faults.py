@@ -307,7 +307,9 @@ def test_subscriptions_are_renewed_and_lose_or_repeat_nothing(
         time.sleep(0.02)
     stack.wait_ended()
     assert stack.counts() == {"success": len(ids) // 2, "error": len(ids) // 2}
-    assert stack.sql("SELECT max(failures) FROM tasks") == [(1,)]
+    [(starts, failures)] = stack.sql("SELECT max(starts), max(failures) FROM tasks")
+    assert failures == 1
+    assert starts <= 1  # RabbitMQ gives back what it has under way when a subscription ends
     assert list(stack.runs(runs).values()) == [1] * len(ids)
     assert "lost a server" not in consumer.log.read_text()
 
